@@ -98,6 +98,8 @@ def _check(
     *names, question = arguments
     if not names:
         raise UsageError(f"{question!r}: an image and a question are needed — {EXAMPLE}")
+    if "" in (*names, *swap):
+        raise UsageError("the name of an image is empty — name a file")
     if pictures_in(question):
         command = shlex.join(["mmv", "look", *arguments, "What is in the image?"])
         raise UsageError(f"the last argument is an image file, not a question — {command}")

@@ -38,6 +38,12 @@ from tests.cli.harness import ASSETS, SIGHT, installed, read_rows, run_mmv, writ
         ("train sft --images a.zip --images b.zip", "--images was given 2 times"),
         ("data check a.jsonl --images a.zip --images b.zip", "--images was given 2 times"),
         ("convert --to hf --model a.pth --model b.pth", "--model was given 2 times"),
+        # a variable of the shell without a value, where "" would be the current folder
+        ("train sft --out ''", "--out is empty"),
+        ("eval --data=", "--data is empty"),
+        ("serve --model a.pth --model ''", "--model is empty"),
+        ("data check ''", "FILE is empty"),
+        ("look '' what", "the name of an image is empty"),
     ],
 )
 def test_the_line_that_was_meant_is_suggested(line, message, tmp_path, monkeypatch):

@@ -96,6 +96,8 @@ def test_an_answer_ends_before_a_stop_text(client):
         listed = ask(client, stop=stops, logprobs=True).choices[0]
         assert "".join(token.token for token in listed.logprobs.content).startswith(listed.message.content)
         assert len(listed.logprobs.content) < answer.usage.completion_tokens
+    cut = ask(client, stop=whole[:1], logprobs=True).choices[0]
+    assert (cut.message.content, cut.logprobs.content) == ("", [])
 
 
 def test_a_seed_repeats_an_answer_and_another_seed_does_not(client):

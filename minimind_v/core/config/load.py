@@ -230,7 +230,7 @@ def _change(config: Any, changes: Mapping[str, Any], files: Mapping[str, str], p
         source = files.get(prefix + key, "")
         if name not in names or bool(dot) != is_dataclass(getattr(config, name)):
             near = nearest(prefix + key, _keys(config, prefix))
-            raise UsageError(f"{source}unknown configuration key {prefix}{key}{near}")
+            raise UsageError(f"{source}unknown configuration key {prefix + key or repr('')}{near}")
         if dot:
             nested.setdefault(name, {})[rest] = value
         else:

@@ -117,11 +117,11 @@ class Completion:
         deltas = [{"reasoning_content" if is_reasoning else "content": text} for is_reasoning, text in texts if text]
         if tokens and not deltas:
             deltas = [{"content": ""}]
-        return [self._chunk(delta, () if number else tokens) for number, delta in enumerate(deltas)]
+        return [self._chunk(delta, None if number or not tokens else tokens) for number, delta in enumerate(deltas)]
 
     def last_chunks(self) -> list[dict[str, Any]]:
         """The chunk with the reason of the end, and that with the usage where it was asked for."""
-        chunks = [self._chunk({}, (), self.finish_reason)]
+        chunks = [self._chunk({}, None, self.finish_reason)]
         if self.request.include_usage:
             chunks.append(chunks[0] | {"choices": [], "usage": self.usage()})
         return chunks
@@ -131,7 +131,9 @@ class Completion:
         read = len(self.prompt.tokens)
         return {"prompt_tokens": read, "completion_tokens": self.tokens, "total_tokens": read + self.tokens}
 
-    def _chunk(self, delta: dict[str, Any], tokens: Any = (), reason: str | None = None) -> dict[str, Any]:
+    def _chunk(
+        self, delta: dict[str, Any], tokens: list[dict[str, Any]] | None = None, reason: str | None = None
+    ) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": self._logprobs(tokens), "finish_reason": reason}
         usage: dict[str, Any] = {"usage": None} if self.request.include_usage else {}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice], **usage}
@@ -140,8 +142,10 @@ class Completion:
         dropped = self.prompt.dropped_turns
         return {"mmv": {"dropped_turns": dropped}} if dropped else {}
 
-    def _logprobs(self, tokens: Any) -> dict[str, Any] | None:
-        return {"content": list(tokens), "refusal": None} if self.request.logprobs is not None and tokens else None
+    def _logprobs(self, tokens: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+        return (
+            {"content": tokens, "refusal": None} if self.request.logprobs is not None and tokens is not None else None
+        )
 
 
 def sse(value: Any) -> bytes:
