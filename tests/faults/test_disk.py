@@ -7,6 +7,7 @@ import resource
 import stat
 import tempfile
 import threading
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,19 +20,29 @@ from minimind_v.core.errors import RunError
 from minimind_v.core.files import write_atomically, write_text
 from minimind_v.core.formats.checkpoint import read_checkpoint, write_checkpoint
 from minimind_v.core.monitor.metrics import JsonLines, StepMetrics
-from tests.cli.harness import BASE, read_rows, run_mmv, tiny_data, tree
+from minimind_v.core.train import saver
+from minimind_v.core.train.loop import Run
+from tests.cli.harness import BASE, read_rows, run_mmv, sighted, tiny_data, tree
 
 LIMIT = 200_000  # bytes that a file may have: enough for words, too few for weights
 
 
+@contextmanager
+def room(limit):
+    """No file of this process may grow beyond a limit, as on a disk that is full."""
+    tiny_data(), sighted()  # are made before
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.fixture
 def no_room():
-    """No file of this process may grow beyond LIMIT, as on a disk that is full."""
-    tiny_data()  # is made before
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with room(LIMIT):
+        yield
 
 
 @pytest.fixture
@@ -207,10 +218,56 @@ def test_a_run_continues_after_a_failed_save_and_tries_again(tmp_path, no_room):
     assert starts[:-1] == sorted(set(starts[:-1]) & {f"step {step}" for step in range(4, 10)})
     assert "step 10/10" in ended.err
     assert ended.error.endswith(
-        "pretrain_vlm_128.pth: not saved (File too large) — free some disk space, and run the command again"
+        "pretrain_vlm_128.pth: not saved (File too large) — nothing is saved: free some disk space, and start again "
+        "with --overwrite"
     )
     kept = ("config.yaml", "events.jsonl", "manifest.json", "metrics.jsonl")
     assert tree(tmp_path / "out") == [f"pretrain_vlm_128/{name}" for name in kept]
+
+
+def test_a_run_with_room_for_its_weights_alone_is_finished(tmp_path):
+    with room(4_000_000):  # the state of sft has three numbers of fp32 for each weight
+        ended = run_mmv(*tiny_data().train(tmp_path / "out", "sft", max_steps=2, init=sighted()))
+    assert ended.code == 0, ended.err
+    assert "safetensors: not saved (File too large); the run is finished and its weights are saved" in ended.err
+    assert read_checkpoint(tmp_path / "out" / "sft_vlm_128.pth").stage == "sft"
+    assert (tmp_path / "out" / "sft_vlm_128" / "report.html").is_file()
+
+
+def test_weights_that_had_no_room_are_written_by_a_resume(tmp_path, monkeypatch):
+    line = tiny_data().train(tmp_path / "out", max_steps=2)
+
+    def fill(path, *_):
+        raise RunError(f"{path}: not saved (No space left on device)")
+
+    monkeypatch.setattr(saver, "write_checkpoint", fill)
+    ended = run_mmv(*line)
+    monkeypatch.undo()
+    assert ended.code == 1
+    assert "device) — free some disk space, and resume from step 2 with --resume" in ended.error
+    assert run_mmv(*line, "--resume").code == 0
+    assert run_mmv(*tiny_data().train(tmp_path / "whole", max_steps=2)).code == 0
+    resumed, whole = ((tmp_path / name / "pretrain_vlm_128.pth").read_bytes() for name in ("out", "whole"))
+    assert resumed == whole
+
+
+def test_a_run_that_ends_early_with_weights_alone_says_how_to_go_on_from_them(tmp_path, monkeypatch):
+    line, launch = tiny_data().train(tmp_path / "out", "sft", init=sighted()), Run._launch
+
+    def fail_late(run, step, batches):
+        if step == 3:
+            raise RunError("the loss is not finite")
+        return launch(run, step, batches)
+
+    monkeypatch.setattr(Run, "_launch", fail_late)
+    with room(4_000_000):
+        ended = run_mmv(*line)
+    weights = tmp_path / "out" / "sft_vlm_128.pth"
+    assert f"{weights} has the weights of step 2, but no state to resume from is saved" in ended.error
+    monkeypatch.undo()
+    again = tiny_data().train(tmp_path / "again", "sft", max_steps=1, init=weights)
+    assert f"with --init {weights} and another --out" in ended.error
+    assert run_mmv(*again).code == 0
 
 
 def test_what_killed_writers_have_left_is_removed_and_nothing_else(tmp_path):

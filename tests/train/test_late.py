@@ -87,9 +87,9 @@ class MemorySaver:
 
     def save(self, step, progress):
         assert progress["step"] == step
-        self.save_now(progress)
+        self.save_now(progress, finished=False)
 
-    def save_now(self, progress):
+    def save_now(self, progress, finished):
         self.saved[progress["step"]] = tensors_of(self.train_step)
 
 

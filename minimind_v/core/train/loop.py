@@ -98,6 +98,8 @@ class Run:
         progress, begun, torn = self.progress, self.progress.done, False
         if begun >= self.total:
             self.listener.message("this run is already finished")
+            if self.saver:  # it may have ended between its state and its weights
+                self.saver.write_weights()
             return self._summary()
         self.best = self.records.open(begun) if self.records else None
         self.train_step.model.train()
@@ -286,7 +288,7 @@ class Run:
         if self.saver:
             self.saver.report(wait=True)
             if save:
-                self.saver.save_now(self.progress.state())
+                self.saver.save_now(self.progress.state(), self.progress.done >= self.total)
         self.train_step.features.flush()
         if self.records and save:
             self.records.restore(self.progress.done)

@@ -56,6 +56,10 @@ class States:
         """The paths of all states, the newest first; they are not checked."""
         return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
 
+    def newest_step(self) -> int | None:
+        """The step of this run's newest state; None where it has none."""
+        return next((self.step_of(path) for path in self.paths() if path not in self._old), None)
+
     @staticmethod
     def step_of(path: Path) -> int:
         """The step of a state."""

@@ -127,13 +127,6 @@ class RunFolder:
             for path in folder.glob(".*.tmp"):
                 sweep(path.with_name(path.name[1:].rsplit(".", 2)[0]))
 
-    def next_step(self) -> str:
-        """The next step after files could not be written."""
-        states = self.states.paths()
-        return "free some disk space, and " + (
-            "resume from the last state with --resume" if states else "run the command again"
-        )
-
     def same_rows(self, state: State) -> bool:
         """Whether each process has as many rows of a step as in the state, in any batches."""
         return math.prod(state.progress.get("split", ())) == self.rows

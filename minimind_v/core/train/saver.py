@@ -66,6 +66,7 @@ class Saver:
         self.train_step, self.companions, self.listener = train_step, companions, listener
         self._snapshot = Snapshot()
         self._owed = False  # whether a save failed
+        self._weights_step: int | None = None  # of the weights that this process has written
         self._saved_at = time.monotonic()  # or when the run began
         self._running: tuple[int, Future[None]] | None = None  # step and end of a save
 
@@ -81,13 +82,26 @@ class Saver:
         self._owed, self._saved_at = False, time.monotonic()
         self.start(step, self._writer(progress))
 
-    def save_now(self, progress: dict[str, Any]) -> None:
-        """Save at the end of a run. Raises RunError with the next step to take."""
+    def save_now(self, progress: dict[str, Any], finished: bool) -> None:
+        """Save at the end of a run. Raises RunError with what is saved, and the next step to take.
+
+        A finished run that has room for its weights alone lacks nothing but a state, which only a resume needs.
+        """
+        step = progress["step"]
         try:
             self._writer(progress)()
         except RunError as error:
-            raise RunError(f"{error} — {self.folder.next_step()}") from None
-        self.listener.saved(progress["step"])
+            if not finished or self._weights_step != step:
+                raise RunError(f"{error} — {self._next_step()}") from None
+            self.listener.warning(f"{error}; the run is finished and its weights are saved: only --resume needs it")
+        else:
+            self.listener.saved(step)
+
+    def write_weights(self) -> None:
+        """Write the weights of a state: the run may have ended before it wrote them. Raises RunError."""
+        model = self.train_step.model
+        tensors = export_tensors(model)
+        write_checkpoint(self.folder.weights, tensors, model.model_config, self.config.stage, self.companions)
 
     def save_best(self, step: int) -> bool:
         """Keep the weights of this step as the best so far; returns whether that succeeded."""
@@ -134,8 +148,21 @@ class Saver:
                 if isinstance(weights, RunError):
                     raise weights
                 write_checkpoint(self.folder.weights, weights, model.model_config, stage, self.companions)
+                self._weights_step = progress["step"]
 
         return write
+
+    def _next_step(self) -> str:
+        """What is saved of the run, and the next step after the end could not be."""
+        step, weights = self.folder.states.newest_step(), self.folder.weights
+        if step is not None:
+            return f"free some disk space, and resume from step {step} with --resume"
+        if self._weights_step is None:
+            return "nothing is saved: free some disk space, and start again with --overwrite"
+        return (
+            f"{weights} has the weights of step {self._weights_step}, but no state to resume from is saved: free some "
+            f"disk space, and start from them with --init {weights} and another --out"
+        )
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
