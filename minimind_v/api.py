@@ -17,8 +17,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from minimind_v.core.arguments import check_arguments, checked
 from minimind_v.core.config.load import Resolved, images_beside, resolve
-from minimind_v.core.config.schema import STAGES, RunConfig, TextConfig
+from minimind_v.core.config.schema import DTYPES, STAGES, ModelConfig, RunConfig, TextConfig, one_of
 from minimind_v.core.config.settings import read_settings
 from minimind_v.core.data.processor import Images, Processor
 from minimind_v.core.errors import UsageError
@@ -33,6 +34,7 @@ from minimind_v.core.generate.sampling import Sampling
 from minimind_v.core.generate.session import Session
 from minimind_v.core.generate.trace import Trace, TraceSettings, trace_answer
 from minimind_v.core.hub.sources import WEIGHTS_ENDINGS
+from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vlm import VLM, Output
 from minimind_v.core.monitor.metrics import Listener
 from minimind_v.core.rows.splits import SCORE
@@ -44,6 +46,7 @@ from minimind_v.core.train.run import train as run
 log = logging.getLogger("minimind_v")
 
 
+@checked
 def load(
     path: str | Path | None = None,
     vision_model: str | Path | None = None,
@@ -100,7 +103,8 @@ class LoadedVLM:
         """One forward pass over what `processor` returns, with gradients unless `torch.no_grad()` is on.
 
         input_ids [B, T]; further inputs are those of `mmv.VLM.forward`. Returns an object with `logits` [B, T, V], or,
-        with labels [B, T], with `loss`. Raises ValueError where placeholders do not fit the images.
+        with labels [B, T], with `loss`. Raises UsageError where their shapes do not fit each other, ids are not the
+        tokenizer's, or placeholders do not fit the images.
 
         >>> m = mmv.load("out/sft_vlm_128.pth")
         >>> inputs = m.processor("What is this?", "pictures/star.jpg")
@@ -108,10 +112,17 @@ class LoadedVLM:
         >>> out.logits.shape == (1, inputs["input_ids"].shape[1], m.config.vocab_size)
         True
         """
+        inputs = {"input_ids": input_ids, **inputs}
+        check_arguments(VLM.forward, inputs)
+        _check_batch(self.model.model_config, inputs)
         inputs = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        output: Output = self.model(input_ids.to(self.device), **inputs)
+        try:
+            output: Output = self.model(**inputs)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         return output
 
+    @checked
     def ask(
         self,
         question: str,
@@ -135,6 +146,7 @@ class LoadedVLM:
         """
         return self.chat(temperature, top_p, seed).ask(question, images, max_new_tokens)
 
+    @checked
     def stream(
         self,
         question: str,
@@ -153,6 +165,7 @@ class LoadedVLM:
         """
         return self.chat(temperature, top_p, seed).stream(question, images, max_new_tokens)
 
+    @checked
     def chat(self, temperature: float = 0.0, top_p: float = 0.85, seed: int | None = None) -> Conversation:
         """Begin a conversation, in which the model remembers earlier questions, answers and images.
 
@@ -162,6 +175,7 @@ class LoadedVLM:
         """
         return Conversation(Session(self.model, self.tokenizer, Sampling(temperature, top_p, seed)))
 
+    @checked
     def look(
         self,
         question: str,
@@ -194,6 +208,7 @@ class LoadedVLM:
         prompt = engine.prompt([{"role": "user", "content": text}], pixels, max_new_tokens, think)
         return replace(trace_answer(engine, prompt, settings, question), model=str(self.path))
 
+    @checked
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write the present weights in half precision to a `.pth` or a `.safetensors`; returns the path.
 
@@ -213,21 +228,48 @@ class LoadedVLM:
         return path
 
 
+def _check_batch(config: ModelConfig, inputs: dict[str, Any]) -> None:
+    """Raise UsageError where ids [B, T] are none of the model's, or another tensor has a shape that does not fit."""
+    ids, text, vision = inputs["input_ids"], config.text, config.vision
+    if ids.ndim != 2 or not 0 < ids.shape[1] <= text.max_position_embeddings or not len(ids):
+        most = text.max_position_embeddings
+        raise UsageError(f"input_ids must be [B, T] with T from 1 to {most}, not {list(ids.shape)}")
+    size = vision.image_size
+    shapes = {  # their ends, and how many sizes may stand before
+        **dict.fromkeys(("attention_mask", "image_mask", "labels"), (tuple(ids.shape), (0,))),
+        "pixel_values": ((3, size, size), (1, 2, 3)),
+        "image_features": ((vision.tokens_per_image, vision.width), (1,)),
+    }
+    for name, (end, before) in shapes.items():
+        shape = None if inputs.get(name) is None else inputs[name].shape
+        if shape is not None and (shape[-len(end) :] != end or len(shape) - len(end) not in before):
+            sizes = ", ".join(["…"] * before[0] + [str(size) for size in end])
+            raise UsageError(f"{name} must have the shape [{sizes}], not {list(shape)}")
+    labels = inputs.get("labels")
+    for name, tokens in (("input_ids", ids), ("labels", ids.long() if labels is None else labels[labels != IGNORE])):
+        whole = tokens.dtype == torch.int64 or (tokens.dtype == torch.int32 and tokens is ids)
+        if not whole or bool(((tokens < 0) | (tokens >= text.vocab_size)).any()):
+            raise UsageError(f"{name} must have int64 numbers from 0 to {text.vocab_size - 1}")
+
+
 class Conversation:
     """Questions that follow each other. A conversation that becomes too long forgets its earliest turns."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
 
+    @checked
     def ask(self, question: str, images: Images = None, max_new_tokens: int = 512) -> str:
         """Answer the next question. Images, errors and tokens are those of `LoadedVLM.ask`."""
         return "".join(self.stream(question, images, max_new_tokens))
 
+    @checked
     def stream(self, question: str, images: Images = None, max_new_tokens: int = 512) -> Iterator[str]:
         """Yield the answer of `ask` piece by piece, as it is generated."""
         return self._session.ask(question, images, max_new_tokens)
 
 
+@checked
 def config(stage: str | Path, **settings: Any) -> RunConfig:
     """A checked training configuration: the recipe of a stage, changed by settings.
 
@@ -242,6 +284,7 @@ def config(stage: str | Path, **settings: Any) -> RunConfig:
     return _resolve(stage, settings).config
 
 
+@checked
 def train(
     config: RunConfig | str | Path,
     *,
@@ -314,6 +357,7 @@ def evaluate(
     limit: int | None = None,
     dtype: str = "auto",
 ) -> dict[str, Any]: ...
+@checked
 def evaluate(
     model: LoadedVLM | str | Path | None,
     data: str | Path | None,
@@ -345,6 +389,10 @@ def evaluate(
     >>> report["rows"], [metric["name"] for metric in report["metrics"]]
     (4, ['vqa', 'exact'])
     """
+    for name, count in (("limit", limit), ("max_length", max_length), ("batch_size", batch_size)):
+        if count is not None and count < 1:
+            raise UsageError(f"{name} must be at least 1, not {count}")
+    one_of("dtype", dtype, DTYPES)
     if task is not None:
         if blank or (max_length, batch_size) != (1536, 8):
             raise UsageError("blank, max_length and batch_size are for an evaluation without a task — leave them out")

@@ -163,6 +163,57 @@ def test_what_is_no_image_is_refused_in_one_line(m, image, message):
     assert "\n" not in str(raised.value)
 
 
+IDS = torch.ones(1, 5, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.ask(5), "question must be a text, not 5"),
+        (lambda m: m.stream(b"hi"), "question must be a text, not b'hi'"),
+        (lambda m: m.chat().ask(None), "question must be a text, not None"),
+        (lambda m: m.look(5, STAR), "question must be a text"),
+        (lambda m: m.ask("a", max_new_tokens=1.5), "max_new_tokens must be a whole number, not 1.5"),
+        (lambda m: m.ask("a", max_new_tokens=True), "max_new_tokens must be a whole number, not True"),
+        (lambda m: m.ask("a", max_new_tokens="5"), "max_new_tokens must be a whole number, not '5'"),
+        (lambda m: m.ask("a", temperature="a"), "temperature must be a number, not 'a'"),
+        (lambda m: m.chat(seed=1.5), "seed must be a whole number or None, not 1.5"),
+        (lambda m: m.save("a\0.pth"), "path contains a NUL character"),
+        (lambda m: m.processor(5), "text must be a text or a list of texts, not 5"),
+        (lambda m: m.processor([5]), "text must be a text or a list of texts, not list"),
+        (lambda m: mmv.load(5), "path must be a text, a path or None, not 5"),
+        (lambda m: mmv.load(""), "path is empty"),
+        (lambda m: mmv.train(None), "config must be a RunConfig, a text or a path, not None"),
+        (lambda m: mmv.config(5), "stage must be a text or a path, not 5"),
+        (lambda m: mmv.evaluate(m, [{"conversations": []}]), "data must be a text, a path or None, not list"),
+        (lambda m: mmv.evaluate(m, "rows.jsonl", limit=-1), "limit must be at least 1, not -1"),
+        (lambda m: mmv.evaluate(m, "rows.jsonl", task="vqa", limit=0), "limit must be at least 1, not 0"),
+        (lambda m: mmv.evaluate(m, "rows.jsonl", dtype="x"), "dtype 'x' must be one of auto"),
+        (lambda m: m(input_ids=[[1, 2]]), "input_ids must be a Tensor, not list"),
+        (lambda m: m(torch.tensor([[99_999]])), "input_ids must have int64 numbers from 0 to 599"),
+        (lambda m: m(IDS[0]), "input_ids must be .B, T. with T from 1 to 32768, not .5."),
+        (lambda m: m(IDS[:, :0]), "input_ids must be .B, T. with T from 1 to 32768, not .1, 0."),
+        (lambda m: m(IDS, labels=IDS[:, :2]), "labels must have the shape .1, 5., not .1, 2."),
+        (lambda m: m(IDS, labels=IDS + 600), "labels must have int64 numbers"),
+        (lambda m: m(IDS, pixel_values=torch.zeros(3, 64, 64)), "pixel_values must have the shape .…, 3, 64, 64."),
+        (lambda m: m(IDS, image_mask=IDS.bool()), "row 0 has image placeholders, but no images"),
+    ],
+)
+def test_arguments_of_a_wrong_type_or_shape_are_refused_in_one_line(m, call, message):
+    with pytest.raises(mmv.MmvError, match=message) as raised:
+        call(m)
+    assert "\n" not in str(raised.value)
+
+
+def test_numbers_may_be_those_of_numpy_and_a_name_that_does_not_exist_is_pythons_own_error(m):
+    numbers = {"max_new_tokens": np.int64(4), "temperature": np.float32(1.5), "seed": np.int64(3)}
+    assert m.ask(QUESTION, **numbers) == m.ask(QUESTION, max_new_tokens=4, temperature=1.5, seed=3)
+    for call in (m.ask, mmv.evaluate, m.processor):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'answer'"):
+            call(QUESTION, answer=1)
+    assert m(IDS.int(), labels=torch.full_like(IDS, -100)).loss == 0
+
+
 def test_images_and_texts_must_fit_each_other(m):
     with pytest.raises(mmv.MmvError, match="2 <image> marks for 1"):
         m.processor("<image> or <image>?", STAR)

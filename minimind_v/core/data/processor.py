@@ -12,6 +12,7 @@ from PIL import Image as Pillow
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from minimind_v.core.arguments import checked
 from minimind_v.core.data.images import load_pixels, to_pixels
 from minimind_v.core.data.picture_names import Picture, check_marks, read_picture
 from minimind_v.core.data.prompt import IMAGE_MARK, PromptEncoder, Tokens
@@ -30,11 +31,13 @@ class Processor:
     of floats from 0 to 1. Files are turned upright as their EXIF says; transparency is left out.
     """
 
+    @checked
     def __init__(self, tokenizer: Tokenizer, spec: VisionSpec) -> None:
         self.prompts = PromptEncoder(tokenizer, spec.tokens_per_image)
         self.spec = spec
         self.pad_id = tokenizer.pad_id
 
+    @checked
     def __call__(self, text: str | Sequence[str], images: Images | Sequence[Images] = None) -> dict[str, Tensor]:
         """Encode one question and its images, or a list of questions and a list with the images of each.
 
