@@ -101,7 +101,7 @@ def assemble(
     data = open_data(config, model.spec, tokenizer, claim.origin, folder.folder, world, listener)
     model = accelerate(model.to(device), device)
     features = open_features(config, model, data, listener)
-    train_step = TrainStep(config, model, features, data.plan.pad_id, world, listener.warning)
+    train_step = TrainStep(config, model, features, world, listener.warning)
     validator = Validator(data.held_out, config.dtype, world.gather) if data.held_out else None
     run = Run(config, data.plan, train_step, listener, world, validator)
     if world.leads:
