@@ -235,9 +235,9 @@ class RunConfig:
     grad_clip: float = 1.0
     seed: int = 42
     dtype: str = "auto"  # auto: bf16 autocast where a GPU has it, else float32
+    reduce_dtype: str = "float32"  # of the gradients that several processes exchange
     device: str = "auto"
     deterministic: bool = False  # the same bits from the same run on a GPU too, at some cost; on a CPU they always are
-    reduce_dtype: str = "float32"  # of the gradients that several processes exchange: one of REDUCE_DTYPES
     gpus: int = 1  # processes on this machine, each with a GPU of its own or, with device cpu, without
     features: str = "auto"  # the feature cache: one of FEATURES
     features_dir: Path | None = None  # of the feature cache; none: the folder `features` in `out`

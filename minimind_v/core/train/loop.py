@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from signal import Signals
@@ -78,6 +78,7 @@ class Run:
     records: Records | None = None
     recall: RecallReport | None = None
     evaluator: Evaluator | None = None
+    unsaid: list[str] = field(default_factory=list)  # warnings of this process for the leading one to report
 
     def __post_init__(self) -> None:
         self.total = min(len(self.plan), self.config.max_steps or len(self.plan))
@@ -235,13 +236,18 @@ class Run:
     def _total(self, step: int, numbers: Sequence[float]) -> list[float]:
         """Sums over all processes, exchanged before a step.
 
-        With them each learns whether a signal came to one, so that all stop after this step, and whether the leading
-        one saves after it.
+        With them each learns whether a signal came to one, so that all stop after this step, whether the leading one
+        saves after it, and whether one has a warning.
         """
         saves = self.saver is not None and step < self.total and self.saver.is_due(step, self._is_logged(step))
-        everyone = self.world.gather([*numbers, saves, self.stop.signal or 0])
-        *columns, due, signals = zip(*everyone, strict=True)
+        everyone = self.world.gather([*numbers, len(self.unsaid), saves, self.stop.signal or 0])
+        *columns, unsaid, due, signals = zip(*everyone, strict=True)
         self._save_due = any(due)
+        if any(unsaid):
+            for rank, warnings in enumerate(self.world.gather_objects(self.unsaid)):
+                for line in warnings:
+                    self.listener.warning(f"process {rank}: {line}")
+            self.unsaid.clear()
         if any(signals):
             self.stopped_by = Signals(int(max(signals)))
         return [sum(column) for column in columns]
