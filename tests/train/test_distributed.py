@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,12 @@ from minimind_v.core.errors import UsageError
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.train.distributed import World, slurm_address
+from minimind_v.core.train.graph import EAGER
 from minimind_v.core.train.launch import Launch
 from minimind_v.core.train.step import TrainStep
 from tests.cli.harness import ROOT, Running, installed, read_rows, run_mmv, tiny_data, tokenizer, write_rows
 from tests.model.conftest import SPEC, tiny_vlm
+from tests.train.late import make_batch, make_step, no_waits, record_steps, tensors_of
 
 NAME = "pretrain_vlm_128"
 ROWS = {"epochs": 2, "batch_size": 8, "save_every": 3}  # 40 rows: 10 steps, none of them short
@@ -440,6 +443,26 @@ def test_the_tower_that_each_process_has_read_is_not_sent_again(meeting, monkeyp
     assert {names[address] for address in sent if address in names} == {
         name for name in names.values() if not name.startswith("vision_encoder.")
     }
+
+
+def test_recorded_steps_that_are_exchanged_ask_a_gpu_nothing(meeting, tmp_path):
+    """Which weights were reached is read in the first step with images, and in the first without."""
+    alone, train_step, warnings = make_step(tmp_path), make_step(tmp_path), []
+    tapes = record_steps(train_step, warnings.append, meeting)
+    torch.manual_seed(5)
+    for step in range(2 * EAGER + 8):
+        images = 2 * (1 - step % 2)
+        batch = make_batch([32 - step % 5, 20], [images, 0], [3, 2])
+        recorded_or_compared = step // 2 in (EAGER - 1, EAGER)
+        with nullcontext() if step < 2 or recorded_or_compared else no_waits():
+            pending = train_step([batch], 5, 2, 1e-3, images)
+        assert pending.result.loss == pytest.approx(alone([batch], 5, 2, 1e-3).result.loss, rel=1e-5)
+    assert tapes.made == 4
+    assert tapes.replayed == 16
+    assert not warnings
+    weights = tensors_of(alone)
+    for name, tensor in tensors_of(train_step).items():
+        torch.testing.assert_close(tensor, weights[name], atol=5e-6, rtol=1e-5)
 
 
 class Unused(nn.Module):
