@@ -19,6 +19,7 @@ import torch
 
 from minimind_v.core.config.schema import REDUCE_DTYPES
 from minimind_v.core.data.feature_cache import FeatureCache
+from minimind_v.core.errors import LostContact
 from minimind_v.core.train.distributed import ALONE
 from minimind_v.core.train.gradients import Gradients
 from minimind_v.core.train.graph import EAGER
@@ -266,10 +267,13 @@ def wait_long_together() -> None:
                 world.gather([0])
             except RuntimeError as error:
                 answer["other waits"] = str(error)
+            if not world.leads:
+                with pytest.raises(LostContact), world.contact():
+                    world.await_leader()
 
 
 @pytest.mark.long
-def test_the_others_wait_longer_for_the_leading_process_than_for_an_exchange(tmp_path):
+def test_the_others_wait_long_for_the_leading_process_until_it_is_lost(tmp_path):
     """Half an hour is gloo's limit of an exchange, a second that of this test."""
     leading, other = together(wait_long_together, tmp_path)
     assert leading["ranks"] == other["ranks"] == [[0], [1]]

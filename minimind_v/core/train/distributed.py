@@ -26,7 +26,7 @@ from minimind_v.core.formats.hf.read import VISION
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.launch import way_to
 
-# The others may wait so long while one evaluates. One that is lost ends its connections, and so the wait, at once.
+# So long may the others wait while one evaluates. A process that is lost ends its connections, and so the wait.
 LONGEST_WAIT = timedelta(days=7)
 # Messages of torch's backends after another process has ended.
 _GONE = re.compile(r"closed by peer|reset by peer|gloo|nccl|broken pipe|socket|store|connection", re.IGNORECASE)
@@ -91,7 +91,7 @@ class World:
         """
         if self.size > 1 and dist.is_initialized():
             self._patient.clear()
-            gc.collect()
+            gc.collect()  # a circle may hold a group
             dist.destroy_process_group()
 
     @contextmanager

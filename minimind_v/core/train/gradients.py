@@ -22,9 +22,9 @@ class Gradients:
     def __init__(
         self, weights: Sequence[Tensor], world: World, reduce_dtype: str, projector: Collection[Tensor] = ()
     ) -> None:
-        """On a GPU give the `projector`: steps with images reach all weights, others perhaps all but its own.
+        """`projector` is for a GPU, which should not be asked at each step which weights were reached.
 
-        A GPU is asked which weights were reached only until a step has proven that.
+        Once a step with images has reached all weights, all such steps do. One without may leave out the projector's.
         """
         self.weights, self.world, self.reduce_dtype = weights, world, getattr(torch, reduce_dtype)
         sizes = [-(-weight.numel() // ALIGNED) * ALIGNED for weight in weights]
@@ -82,7 +82,7 @@ class Gradients:
         if has_images in self._proven:
             return self._proven[has_images]
         reached = tuple(number for number, count in enumerate(self._counts.tolist()) if count)
-        # Elsewhere a step may leave out any weight, and nothing is read too early on a CPU.
+        # Where other weights were left out, the next step may reach them.
         if self._projector and set(range(len(self.weights))) - set(reached) <= self._projector:
             self._proven[has_images] = reached
         return reached

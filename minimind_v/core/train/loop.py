@@ -159,7 +159,7 @@ class Run:
     def _is_stop(self, step: int) -> bool:
         """Whether what follows a step needs its result and its weights, so that the next step may not be launched.
 
-        All processes give the same answer, since they exchange what they say about a bad step when they read it.
+        All processes give the same answer: when they read a bad step, they exchange its rows.
         """
         ends_epoch = self.config.until_right and step % self.plan.steps_per_epoch == 0
         signal = self.stop.signal if self.world.size == 1 else self.stopped_by
