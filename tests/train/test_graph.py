@@ -91,12 +91,12 @@ def test_a_padded_micro_batch_has_the_same_gradients(kind, tmp_path, warnings):
     batch = make_batch([50, 33, 7], [2, 0, 1], [30, 9, 3])
     losses, correct = exact.backward([batch], 42, 3)
     padded([batch], 42, 3, 0.0)  # makes room for gradients
-    for gradient in padded.graphs._gradients:
+    for gradient in padded.graphs._gradients.views:
         gradient.zero_()
     padded.graphs._pass(batch)()
     torch.testing.assert_close(padded.graphs._share_of_loss, losses[0], atol=1e-6, rtol=1e-6)
     assert padded.graphs._correct == correct
-    for weight, gradient in zip(exact.trainable, padded.graphs._gradients, strict=True):
+    for weight, gradient in zip(exact.trainable, padded.graphs._gradients.views, strict=True):
         expected = torch.zeros_like(weight) if weight.grad is None else weight.grad
         torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from minimind_v.core.device import autocast
 from minimind_v.core.generate.cuda_graph import Record, Work
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.distributed import ALONE, World
+from minimind_v.core.train.gradients import Gradients
 
 EAGER = 8  # times that a shape is computed kernel by kernel before it is recorded
 MOST = 192  # recordings, of some MB each; further shapes stay as they are
@@ -45,7 +48,10 @@ def padded_count(count: int) -> int:
 
 
 class StepGraphs:
-    """The forward and backward passes and the AdamW of a model that one GPU trains alone."""
+    """The forward and backward passes and the AdamW of a model that this process trains on a GPU.
+
+    Several processes add up their gradients between the two, outside of the graphs.
+    """
 
     def __init__(
         self,
@@ -54,17 +60,18 @@ class StepGraphs:
         optimiser: torch.optim.Optimizer,
         record: Record,
         warn: Callable[[str], None],
+        world: World = ALONE,
     ) -> None:
         """The optimiser must be fused. `warn` gets one line if steps are launched kernel by kernel after all."""
         self.config, self.model, self.optimiser, self.device = config, model, optimiser, model.device
+        self.world = world
         self.trainable: list[Tensor] = [weight for group in optimiser.param_groups for weight in group["params"]]
         self.recorder = Recorder(self.device, record, warn)
-        self._gradients: list[Tensor] = []
         self._inputs: dict[tuple[object, ...], Tensor] = {}
         self._pass_recordings: dict[tuple[object, ...], Recording] = {}  # by the shapes of their inputs
         self._adamw_recordings: dict[tuple[int, ...], Recording] = {}  # by the weights that have a gradient
-        # Of a step: its supervised tokens, a micro-batch's share of its rows, and its loss, which decides if it counts.
-        self._supervised, self._share, self._loss = (torch.zeros((), device=self.device) for _ in range(3))
+        # Of a step: its supervised tokens, and a micro-batch's share of its rows.
+        self._supervised, self._share = (torch.zeros((), device=self.device) for _ in range(2))
         # Of a micro-batch: what it adds to the loss, and its tokens that are predicted right; of a step, its norm.
         self._share_of_loss, self._correct, self._norm = (torch.zeros((), device=self.device) for _ in range(3))
         self._skipped = torch.zeros((), device=self.device)  # 1: loss or gradient is not finite
@@ -73,24 +80,29 @@ class StepGraphs:
             group["capturable"] = self.device.type == "cuda"
         optimiser.found_inf = self._skipped  # type: ignore[attr-defined]
 
-    def __call__(self, micro_batches: Iterable[Batch], supervised: int, rows: int, lr: float) -> Tensor:
+    @cached_property
+    def _gradients(self) -> Gradients:
+        return Gradients(self.trainable, self.world, self.config.reduce_dtype, [*self.model.vision_proj.parameters()])
+
+    def __call__(
+        self, micro_batches: Iterable[Batch], supervised: int, rows: int, lr: float, images: int = 1
+    ) -> Tensor:
         """One step over micro-batches on the device, their images encoded → the numbers of a PendingStep."""
-        self._gradients = self._gradients or [torch.zeros_like(weight) for weight in self.trainable]
         for group in self.optimiser.param_groups:
             group["lr"].fill_(lr)
         self._supervised.fill_(supervised)
-        losses, correct, reached = [], torch.zeros_like(self._correct), set[int]()
+        losses, reached = list[Tensor](), set[int]()
+        loss, correct = torch.zeros_like(self._share_of_loss), torch.zeros_like(self._correct)
         for batch in micro_batches:
             self._share.fill_(len(batch) / rows)
             reached.update(self._pass(batch)())
             losses.append(self._share_of_loss.clone())
+            loss += self._share_of_loss
             correct += self._correct
-        self._loss.copy_(torch.stack(losses).sum())
-        for number, (weight, gradient) in enumerate(zip(self.trainable, self._gradients, strict=True)):
-            weight.grad = gradient if number in reached else None
-        self._adamw(tuple(sorted(reached)))()
+        of_all = self._gradients.exchange(loss, correct, tuple(sorted(reached)), images)
+        self._adamw(of_all)()
         self.optimiser.zero_grad(set_to_none=True)
-        return torch.stack([*losses, correct, self._norm])
+        return torch.stack([*losses, self._gradients.loss, self._gradients.correct, self._norm])
 
     # --- a micro-batch ------------------------------------------------------------------------------------------------
 
@@ -142,13 +154,13 @@ class StepGraphs:
         loss = out.loss_sum / self._supervised + out.aux_loss * self._share
         gradients = torch.autograd.grad(loss, self.trainable, allow_unused=True)
         reached = [number for number, gradient in enumerate(gradients) if gradient is not None]
-        torch._foreach_add_([self._gradients[n] for n in reached], [gradients[n] for n in reached])
+        torch._foreach_add_([self._gradients.views[n] for n in reached], [gradients[n] for n in reached])
         self._share_of_loss.copy_(loss.detach())
         self._correct.copy_(out.correct.sum())
         return reached
 
     def _changed_by_pass(self) -> list[Tensor]:
-        return [*self._gradients, self._share_of_loss, self._correct]
+        return [*self._gradients.views, self._share_of_loss, self._correct]
 
     # --- AdamW --------------------------------------------------------------------------------------------------------
 
@@ -159,7 +171,7 @@ class StepGraphs:
 
             def changed() -> list[Tensor]:
                 moments = [tensor for weight in weights for tensor in self.optimiser.state[weight].values()]
-                gradients = [self._gradients[number] for number in reached]
+                gradients = [self._gradients.views[number] for number in reached]
                 return [*(weight.detach() for weight in weights), *moments, *gradients, self._norm, self._skipped]
 
             self._adamw_recordings[reached] = Recording(self._clip_and_step, changed, self.recorder)
@@ -167,9 +179,9 @@ class StepGraphs:
 
     def _clip_and_step(self) -> list[int]:
         self._norm.copy_(nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip))
-        self._skipped.copy_(~torch.isfinite(self._norm + self._loss))
+        self._skipped.copy_(~torch.isfinite(self._norm + self._gradients.loss))
         self.optimiser.step()
-        torch._foreach_zero_([weight.grad for weight in self.trainable if weight.grad is not None])
+        self._gradients.values.zero_()
         return []
 
 
