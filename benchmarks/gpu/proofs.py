@@ -23,13 +23,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.gpu import curve
 from benchmarks.gpu.card import Card, Kernels, Result, close
 from benchmarks.gpu.runs import StepListener, configure, make_run
+from minimind_v.core.cuda_graph import WAITED
 from minimind_v.core.model import ops
 from minimind_v.core.model.kernels import cuda_moe
 from minimind_v.core.model.kernels.accelerate import accelerate, plain
 from minimind_v.core.model.moe import MoEFeedForward
 from minimind_v.core.monitor.metrics import StepMetrics
 from minimind_v.core.train.batch_size import find_batch_size
-from minimind_v.core.train.graph import WAITED
 from minimind_v.core.train.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,7 +173,7 @@ def waits(card: Card, result: Result) -> None:
             with _warnings_into(caught):
                 run = make_run(configure(card, preset, stage), StepListener(on_step))
                 if run.train_step.graphs:  # to record and to compare is to wait
-                    run.train_step.graphs.recorder.on = False
+                    run.train_step.graphs.graphs.on = False
                 run.run()
         finally:
             _watch_waits(card, "default")

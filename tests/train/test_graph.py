@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
-from minimind_v.core.train import graph
-from minimind_v.core.train.graph import EAGER, Recorder, Recording, padded_count, padded_length
+from minimind_v.core import cuda_graph
+from minimind_v.core.cuda_graph import EAGER
+from minimind_v.core.train.graph import padded_count, padded_length
 from minimind_v.core.train.resume import named_trainable, pack, unpack
 from tests.conftest import Events
 from tests.model.conftest import tiny_vlm
@@ -45,7 +44,7 @@ def shapes(count, text=False):
     """Micro-batches of one padded shape, of different lengths and answers."""
     torch.manual_seed(5)
     images = [0, 0] if text else [2, 1]
-    return [make_batch([32 - n % 5, 20 + n % 7], images, [3 + n % 5, 1 + n % 3]) for n in range(count)]
+    return [make_batch([31 - n % 5, 20 + n % 7], images, [3 + n % 5, 1 + n % 3]) for n in range(count)]
 
 
 def pair(tmp_path, kind="small", policy="all", **options):
@@ -140,7 +139,7 @@ def test_padding_and_replaying_ask_a_gpu_nothing(tmp_path, warnings):
 def test_images_that_are_encoded_for_a_step(tmp_path, warnings):
     eager, recorded = pair(tmp_path)
     tapes = record_steps(recorded, warnings.append)
-    steps = [[make_batch([32 - n % 3, 20], [2, 1], [3, 2], pixels=True)] for n in range(EAGER + 5)]
+    steps = [[make_batch([31 - n % 3, 20], [2, 1], [3, 2], pixels=True)] for n in range(EAGER + 5)]
     assert_same(train(eager, steps), train(recorded, steps))
     assert_same_weights(eager, recorded)
     assert tapes.made == 2
@@ -162,46 +161,18 @@ def test_a_bad_step_is_skipped_by_a_recording_too(tmp_path, warnings):
     assert not warnings
 
 
-def freeze_inputs(tape, inputs):
-    """Let a recording read copies."""
-    copies = {id(tensor): tensor.clone() for tensor in inputs}
-    tape.calls = [
-        (func, pytree.tree_map(lambda value: copies.get(id(value), value), args), kwargs, result)
-        for func, args, kwargs, result in tape.calls
-    ]
-
-
-@pytest.mark.parametrize("trouble", ["wrong", "stale", "not recorded", "a wait"])
-def test_what_cannot_be_recorded_or_is_wrong_is_launched_and_said_once(trouble, tmp_path, warnings, monkeypatch):
+@pytest.mark.parametrize("trouble", ["wrong", "stale"])
+def test_a_recording_that_is_wrong_is_not_used_and_that_is_said_once(trouble, tmp_path, warnings):
     eager, recorded = pair(tmp_path)
     tapes, steps = record_steps(recorded, warnings.append), [[batch] for batch in shapes(EAGER + 6)]
-    reason = "a CUDA graph of a step differs from the step"
     if trouble == "wrong":  # a kernel is missing
         tapes.spoil = lambda tape: tape.calls.pop(len(tape.calls) // 2)
     if trouble == "stale":  # what it reads is not what later steps write
-        tapes.spoil = lambda tape: freeze_inputs(tape, recorded.graphs._inputs.values())
-    if trouble == "not recorded":
-        recorded.graphs.recorder._record = lambda *call: None
-        reason = "a step cannot be recorded as a CUDA graph"
-    if trouble == "a wait":
-        caught = [SimpleNamespace(message="called a synchronizing CUDA operation")]
-        monkeypatch.setattr(graph, "_waits", lambda device: nullcontext(caught))
-        reason = "a step waits for the GPU, so it cannot be a CUDA graph"
+        tapes.spoil = lambda tape: recorded.graphs._inputs.clear()
     assert_same(train(eager, steps), train(recorded, steps))
     assert_same_weights(eager, recorded)
-    assert warnings == [f"{reason}: this run's steps are launched kernel by kernel, which takes longer"]
-
-
-def test_a_failed_recording_ends_no_run_where_torch_frees_no_memory(warnings, monkeypatch):
-    def refuse():
-        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
-
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
-    recorder = Recorder(torch.device("cuda"), lambda *call: None, warnings.append)
-    recorder(Recording(list, list, recorder))
-    assert not recorder.on
-    assert len(warnings) == 1
+    reason = "it gives other results"
+    assert warnings == [f"steps are launched without a CUDA graph, which takes longer: {reason}"]
 
 
 def test_memory_that_recordings_take_is_given_back(tmp_path, warnings):
@@ -221,22 +192,12 @@ def test_memory_that_recordings_take_is_given_back(tmp_path, warnings):
     assert_same(train(eager, [wide]), train(recorded, [wide]))
     assert_same_weights(eager, recorded)
     assert len(warnings) == 1
-    assert "there is no memory for CUDA graphs" in warnings[0]
-    assert not any(recording.replay for recording in recorded.graphs._pass_recordings.values())
-
-
-def test_a_notice_of_torch_about_its_warnings_is_no_wait(tmp_path, warnings, monkeypatch):
-    notice = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
-    monkeypatch.setattr(graph, "_waits", lambda device: nullcontext([SimpleNamespace(message=notice)]))
-    train_step = make_step(tmp_path)
-    tapes = record_steps(train_step, warnings.append)
-    train(train_step, [[batch] for batch in shapes(EAGER)])
-    assert tapes.made == 2
-    assert not warnings
+    assert "there is no memory for them" in warnings[0]
+    assert not recorded.graphs.graphs.recorded
 
 
 def test_recordings_share_their_inputs_and_are_few(tmp_path, warnings, monkeypatch):
-    monkeypatch.setattr(graph, "MOST", 3)
+    monkeypatch.setattr(cuda_graph, "MOST", 3)
     train_step = make_step(tmp_path)
     tapes = record_steps(train_step, warnings.append)
     for answer in (3, 20, 35, 50):
