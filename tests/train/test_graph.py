@@ -7,11 +7,14 @@ tensors again.
 from __future__ import annotations
 
 import math
+import random
 from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimind_v.core import cuda_graph
 from minimind_v.core.cuda_graph import EAGER
@@ -22,6 +25,7 @@ from tests.model.conftest import tiny_vlm
 from tests.train.late import (
     MODELS,
     POLICIES,
+    P,
     group_experts,
     make_batch,
     make_config,
@@ -83,13 +87,18 @@ def test_padded_sizes():
     assert all(later <= 1.5 * size for size, later in pairwise(sizes[1:]))
 
 
+# Lengths, images and supervised tokens of rows: with one image to fill up, with none, and without a position for it.
+@pytest.mark.parametrize(
+    "rows", [([50, 33, 7], [2, 0, 1], [30, 9, 3]), ([50, 33], [1, 1], [30, 9]), ([32, 64, 64], [1, 1, 3], [9, 2, 8])]
+)
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_padded_micro_batch_has_the_same_gradients(kind, tmp_path, warnings):
+def test_a_padded_micro_batch_has_the_same_gradients(kind, rows, tmp_path, warnings):
     exact, padded = pair(tmp_path, kind)
     record_steps(padded, warnings.append)
-    batch = make_batch([50, 33, 7], [2, 0, 1], [30, 9, 3])
-    losses, correct = exact.backward([batch], 42, 3)
-    padded([batch], 42, 3, 0.0)  # makes room for gradients
+    batch = make_batch(*rows)
+    supervised = batch.supervised
+    losses, correct = exact.backward([batch], supervised, len(batch))
+    padded([batch], supervised, len(batch), 0.0)  # makes room for gradients
     for gradient in padded.graphs._gradients:
         gradient.zero_()
     padded.graphs._pass(batch)()
@@ -123,6 +132,20 @@ def test_micro_batches_of_several_shapes_with_and_without_images(tmp_path, warni
     assert_same_weights(eager, recorded)
     assert tapes.made == 5, "three shapes, updates with and without the projector"
     assert not warnings
+
+
+def test_any_mix_of_rows_and_images_needs_few_recordings(tmp_path, warnings):
+    """All that a micro-batch of two rows can hold, many times in any order."""
+    train_step, draw = make_step(tmp_path), random.Random(3)
+    record_steps(train_step, warnings.append)
+    graphs, keys = train_step.graphs, set()
+    graphs.graphs.run = lambda key, *work: keys.add(key)
+    for _ in range(300):
+        images = [draw.randrange(8), draw.randrange(8)]
+        lengths = [P * count + 2 + draw.randrange(64 - 8 * P) for count in images]
+        graphs._pass(make_batch(lengths, images, [1, 1]))()
+    lengths, counts = (32, 64, 96), (0, 1, 2, 4, 8, 16)
+    assert len(keys) <= len(lengths) * len(counts)
 
 
 def test_padding_and_replaying_ask_a_gpu_nothing(tmp_path, warnings):
@@ -194,6 +217,68 @@ def test_memory_that_recordings_take_is_given_back(tmp_path, warnings):
     assert len(warnings) == 1
     assert "there is no memory for them" in warnings[0]
     assert not recorded.graphs.graphs.recorded
+
+
+class FullMemory(TorchDispatchMode):
+    """Has no memory for the tensor behind so many new ones."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room = room
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result, kwargs = func(*args, **(kwargs or {})), kwargs or {}
+        held = {id_of(value) for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)}
+        self.room -= any(
+            isinstance(value, torch.Tensor) and id_of(value) not in held for value in pytree.tree_leaves(result)
+        )
+        if self.room < 0:
+            raise torch.OutOfMemoryError
+        return result
+
+
+def id_of(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+def test_work_that_runs_out_of_memory_has_changed_nothing(tmp_path, warnings):
+    """So that it may be done again: whichever tensor has no room, the first of a step or the last."""
+    train_step = make_step(tmp_path)
+    record_steps(train_step, warnings.append)
+    graphs, batch = train_step.graphs, shapes(1)[0]
+    graphs([batch], batch.supervised, 2, 1e-2)
+    passes, update = graphs._pass(batch), graphs._adamw(tuple(range(len(graphs.trainable))))
+
+    def changed():
+        gradients = {str(number): gradient.clone() for number, gradient in enumerate(graphs._gradients)}
+        return gradients | tensors_of(train_step)
+
+    for work in (passes, update):
+        passes()
+        for weight, gradient in zip(graphs.trainable, graphs._gradients, strict=True):
+            weight.grad = gradient
+        before, most = changed(), 0
+        with FullMemory(10**6) as memory:
+            work()
+        most = 10**6 - memory.room
+        assert not same(before, changed())
+        for room in {*range(0, most, 100), *range(max(0, most - 20), most)}:
+            passes()
+            before = changed()
+            with FullMemory(room), pytest.raises(torch.OutOfMemoryError):
+                work()
+            assert same(before, changed()), f"{room} of {most}"
+
+
+def test_moments_are_those_that_torch_makes(tmp_path, warnings):
+    eager, recorded = pair(tmp_path)
+    record_steps(recorded, warnings.append)
+    for train_step in (eager, recorded):
+        train(train_step, [[batch] for batch in shapes(1)])
+    for mine, other in zip(eager.optimiser.state.values(), recorded.optimiser.state.values(), strict=True):
+        kinds = [{name: (tensor.dtype, tensor.shape) for name, tensor in state.items()} for state in (mine, other)]
+        assert kinds[0] == kinds[1]
+        assert list(mine) == list(other)
 
 
 def test_recordings_share_their_inputs_and_are_few(tmp_path, warnings, monkeypatch):
