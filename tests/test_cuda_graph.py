@@ -64,7 +64,7 @@ class StandIn:
         return self.pools
 
     def empty_cache(self):
-        if not self.recordable:
+        if cuda_graph._FAILED:
             raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
 
@@ -76,6 +76,8 @@ def make_cuda(monkeypatch):
             monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
         for name in ("graph_pool_handle", "empty_cache"):
             monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+        for name, answer in {"mem_get_info": (9, 10), "max_memory_allocated": 0, "memory_allocated": 0}.items():
+            monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
         monkeypatch.setattr(cuda_graph, "_waits", lambda device: nullcontext([]))
         cuda_graph._recorded_on.cache_clear()
         return cuda
@@ -341,3 +343,40 @@ def test_work_without_memory_is_done_again_without_recordings(warnings):
     adding.run(graphs, 3)
     assert (graphs.recorded, graphs.on) == (0, False)
     assert warnings == ["it is done without a CUDA graph, which takes longer: there is no memory for them"]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_recordings_leave_room_for_the_largest_work(make_cuda, monkeypatch):
+    """They end where a driver has taken the rest, and those that exist stay."""
+    make_cuda()
+    device, warnings, adding = torch.device("cuda:0"), [], Adding()
+    memory = {"mem_get_info": (400, 1000), "max_memory_allocated": 500, "memory_allocated": 200}
+    for name in memory:
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: memory[name])
+    graphs = CudaGraphs(device, "it is done", warnings.append, 0.0, adding.record)
+    adding.run(graphs, EAGER + 2)
+    memory["mem_get_info"] = (339, 1000)
+    adding.run(graphs, EAGER + 2, "another key")
+    assert graphs.recorded == adding.recorded == 1
+    assert cuda_graph.peak_with_recordings(device) == 800, "as much as the largest takes, once more"
+    assert not warnings
+
+
+def test_a_recording_without_memory_is_the_last(warnings):
+    adding = Adding()
+    graphs, record = make_graphs(adding, warnings), adding.record
+
+    def full(*work):
+        if graphs.recorded:
+            raise torch.OutOfMemoryError
+        return record(*work)
+
+    graphs.record = full
+    for key in range(3):
+        adding.run(graphs, EAGER + 2, key)
+    adding.run(graphs, 3, 0)
+    assert (graphs.recorded, adding.replayed, graphs.on) == (1, 5, True)
+    assert not cuda_graph._FAILED
+    assert not warnings

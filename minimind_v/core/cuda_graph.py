@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 EAGER = 8  # times that work is done kernel by kernel; then it is recorded: what comes seldom is not worth it
-MOST = 192  # recordings of one kind of work, of some MB each; further work stays as it is
+MOST = 192  # recordings of one kind of work; what comes later stays as it is
+SPARE = 0.04  # of a GPU's memory, which recordings leave: a driver takes up to 64 kB for each kernel of one
 TIES = 2  # a count may differ by so many: of equal logits either is the largest
 WAITED = "called a synchronizing"  # in torch's warning of a wait; its notice about such warnings has other words
 
@@ -45,6 +46,8 @@ def record_cuda(work: Work, device: torch.device, pool: Any) -> Work:
             torch.cuda.graph(graph, pool, _recorded_on(device, current), capture_error_mode="thread_local"),
         ):
             work()
+    except torch.OutOfMemoryError:  # torch has ended the recording
+        raise
     except RuntimeError:
         _FAILED.append(graph)  # the allocator may still have its address
         torch.cuda.set_stream(current)
@@ -82,7 +85,7 @@ class CudaGraphs:
         are deterministic.
         """
         self.device, self.what, self.warn, self.close, self.record = device, what, warn, close, record
-        self.on = True
+        self.on, self.most = True, MOST
         self.clear()
 
     def clear(self) -> None:
@@ -132,14 +135,16 @@ class CudaGraphs:
             self._do(graph, work)
         if any(WAITED in str(warning.message) for warning in caught):
             self._give_up("the work waits for the GPU")
-        if not self.on or self.recorded == MOST:
+        if not self.on:
             return
         trouble = ""
         with _LOCK:
-            if _FAILED:
+            if _FAILED or self.recorded >= self.most or not _has_room(self.device):
                 return
             try:
                 graph.replay = self.record(work, self.device, self._pool)
+            except torch.OutOfMemoryError:
+                self.most = self.recorded
             except RuntimeError as error:
                 trouble = str(error).partition("\n")[0] or type(error).__name__
         if trouble:
@@ -192,6 +197,26 @@ class CudaGraphs:
             with suppress(RuntimeError):  # after a failed recording torch believes that it still records, and refuses
                 torch.cuda.empty_cache()
         self.warn(f"{self.what} without a CUDA graph, which takes longer: {reason}")
+
+
+def peak_with_recordings(device: torch.device) -> int:
+    """Bytes of a GPU that this process takes at most once its work is recorded, if it was launched so far.
+
+    Recordings share memory, which is as much as the largest takes between its beginning and its end, and is not given
+    to work that is launched.
+    """
+    peak, resting = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+    return 2 * peak - resting
+
+
+def _has_room(device: torch.device) -> bool:
+    """Whether the largest work of this process still has room beside one recording more."""
+    if device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()
+    free, whole = torch.cuda.mem_get_info(device)
+    largest = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    return free - largest >= SPARE * whole
 
 
 def _copies(groups: Groups) -> list[list[Tensor]]:

@@ -18,6 +18,7 @@ from minimind_v.core.config.generation import generation_of
 from minimind_v.core.config.load import as_settings
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.cuda_graph import peak_with_recordings
 from minimind_v.core.curate.stats import SampleCount, TypicalRow, count_sample
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.tokenizer import Tokenizer
@@ -165,7 +166,10 @@ def _measure(config: RunConfig, steps: int, first: int) -> tuple[Stopwatch, Stop
         state = sum(path.stat().st_size for path in folder.states.paths())
         best = folder.weights.stat().st_size if config.val_every or config.best_by else 0
         saves = -(-steps // config.save_every) if config.save_every else 1
-        memory, disk = max(peak_memory()), disk_used(folder.folder) + best + (min(config.keep, saves) - 1) * state
+        device = run.train_step.model.device
+        recorded = peak_with_recordings(device) if device.type == "cuda" else 0  # few steps are, so far
+        memory = max(*peak_memory(), recorded)
+        disk = disk_used(folder.folder) + best + (min(config.keep, saves) - 1) * state
         if steps > first and run.train_step.features.store is not None:
             later = Stopwatch()
             later.run = assemble(replace(few, max_steps=run.progress.done), later, overwrite=True)
