@@ -360,7 +360,6 @@ def test_recordings_leave_room_for_the_largest_work(make_cuda, monkeypatch):
     memory["mem_get_info"] = (339, 1000)
     adding.run(graphs, EAGER + 2, "another key")
     assert graphs.recorded == adding.recorded == 1
-    assert cuda_graph.peak_with_recordings(device) == 800, "as much as the largest takes, once more"
     assert not warnings
 
 

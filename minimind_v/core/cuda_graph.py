@@ -199,16 +199,6 @@ class CudaGraphs:
         self.warn(f"{self.what} without a CUDA graph, which takes longer: {reason}")
 
 
-def peak_with_recordings(device: torch.device) -> int:
-    """Bytes of a GPU that this process takes at most once its work is recorded, if it was launched so far.
-
-    Recordings share memory, which is as much as the largest takes between its beginning and its end, and is not given
-    to work that is launched.
-    """
-    peak, resting = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
-    return 2 * peak - resting
-
-
 def _has_room(device: torch.device) -> bool:
     """Whether the largest work of this process still has room beside one recording more."""
     if device.type != "cuda":

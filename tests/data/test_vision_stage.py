@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import minimind_v.core.demo
 from minimind_v.core.cuda_graph import EAGER
 from minimind_v.core.data.batch import Batch
-from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
+from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder, open_feature_cache
 from minimind_v.core.data.vision_stage import AHEAD, VisionStage, encode_ahead
 from minimind_v.core.formats.vision_tower import load_encoder
 
@@ -202,3 +203,10 @@ def test_a_recording_that_fails_or_differs_by_a_bit_is_reported_once_and_not_use
     failure = "it cannot be recorded (operation not permitted when stream is capturing)"
     reason = "it gives other results" if trouble == "differs" else failure
     assert warnings == [f"images are encoded without a CUDA graph, which takes longer: {reason}"]
+
+
+def test_a_run_that_stores_no_features_hears_of_it(tmp_path):
+    spec, warnings = SimpleNamespace(tokens_per_image=PATCHES, width=WIDTH), []
+    encoder = SimpleNamespace(encoder=SimpleNamespace(spec=spec), kind="float32", device=CPU)
+    open_feature_cache("off", tmp_path, encoder, 9, str, warnings.append).warn("it is slow")  # type: ignore[arg-type]
+    assert warnings == ["it is slow"]

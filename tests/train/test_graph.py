@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimind_v.core import cuda_graph
 from minimind_v.core.cuda_graph import EAGER
-from minimind_v.core.train.graph import padded_count, padded_length
+from minimind_v.core.train.graph import padded_count, padded_length, peak_with_recordings
 from minimind_v.core.train.resume import named_trainable, pack, unpack
 from tests.conftest import Events
 from tests.model.conftest import tiny_vlm
@@ -268,6 +268,13 @@ def test_work_that_runs_out_of_memory_has_changed_nothing(tmp_path, warnings):
             with FullMemory(room), pytest.raises(torch.OutOfMemoryError):
                 work()
             assert same(before, changed()), f"{room} of {most}"
+
+
+def test_memory_is_counted_with_recordings_and_their_comparison(monkeypatch):
+    for name, taken in {"max_memory_allocated": 500, "memory_allocated": 200}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, taken=taken: taken)
+    assert peak_with_recordings(torch.device("cuda"), 10) == 800, "what the passes take, once more"
+    assert peak_with_recordings(torch.device("cuda"), 50) == 900
 
 
 def test_moments_are_those_that_torch_makes(tmp_path, warnings):

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from minimind_v.core.config.schema import RunConfig
-from minimind_v.core.cuda_graph import peak_with_recordings
 from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.monitor.messages import out_of_memory
 from minimind_v.core.train.distributed import ALONE, World
+from minimind_v.core.train.graph import peak_with_recordings
 from minimind_v.core.train.trial import Trial
 
 HEADROOM = 0.2  # of a CPU's free memory: data workers live there too, and the estimate is a straight line
@@ -156,13 +156,13 @@ def _goes_through(trial: Trial, size: int, besides: int, total: int) -> bool:
     try:
         taken = torch.empty(besides, dtype=torch.uint8, device=trial.device)
         trial(size)
-        fits = size == 1 or peak_with_recordings(trial.device) <= total
+        in_memory = size == 1 or peak_with_recordings(trial.device, trial.moments // 2) <= total
         del taken
     except RuntimeError as error:  # libraries have errors of their own for it
         if not out_of_memory(error):
             raise
         return False
-    return fits
+    return in_memory
 
 
 def _gpu_memory(device: torch.device) -> int:

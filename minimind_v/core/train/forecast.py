@@ -18,7 +18,6 @@ from minimind_v.core.config.generation import generation_of
 from minimind_v.core.config.load import as_settings
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
-from minimind_v.core.cuda_graph import peak_with_recordings
 from minimind_v.core.curate.stats import SampleCount, TypicalRow, count_sample
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.tokenizer import Tokenizer
@@ -32,6 +31,7 @@ from minimind_v.core.monitor.messages import too_little
 from minimind_v.core.monitor.metrics import Listener, StepMetrics
 from minimind_v.core.pages.run_report import disk_used
 from minimind_v.core.rows.stores import open_rows
+from minimind_v.core.train.graph import peak_with_recordings
 from minimind_v.core.train.loop import Run
 from minimind_v.core.train.run import assemble
 from minimind_v.core.train.run_folder import RunFolder
@@ -166,8 +166,8 @@ def _measure(config: RunConfig, steps: int, first: int) -> tuple[Stopwatch, Stop
         state = sum(path.stat().st_size for path in folder.states.paths())
         best = folder.weights.stat().st_size if config.val_every or config.best_by else 0
         saves = -(-steps // config.save_every) if config.save_every else 1
-        device = run.train_step.model.device
-        recorded = peak_with_recordings(device) if device.type == "cuda" else 0  # few steps are, so far
+        device, weights = run.train_step.model.device, sum(weight.nbytes for weight in run.train_step.trainable)
+        recorded = peak_with_recordings(device, weights) if device.type == "cuda" else 0  # most steps are later
         memory = max(*peak_memory(), recorded)
         disk = disk_used(folder.folder) + best + (min(config.keep, saves) - 1) * state
         if steps > first and run.train_step.features.store is not None:

@@ -41,6 +41,16 @@ def padded_images(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
+def peak_with_recordings(device: torch.device, trainable: int) -> int:
+    """Bytes of a GPU that training takes at most with recordings, if all steps so far were launched kernel by kernel.
+
+    Recordings hold what the passes take once more. Clipping and AdamW of `trainable` bytes of weights are compared on
+    copies of weights, gradients and two moments, from before and behind them.
+    """
+    peak, resting = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+    return peak + max(peak - resting, 2 * 4 * trainable)
+
+
 class StepGraphs:
     """The forward and backward passes and the AdamW of a model that one GPU trains alone."""
 
