@@ -19,6 +19,7 @@ from minimind_v.core.model.kernels import cuda_moe
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE, supervised
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.distributed import ALONE, World
 from minimind_v.core.train.graph import StepGraphs
 from minimind_v.core.train.step import TrainStep
 from tests.model.conftest import NORMED, NORMED_EXPERTS, PLACEHOLDER_ID, SPEC, tiny_vlm
@@ -164,16 +165,16 @@ class Tapes:
         return replay
 
 
-def record_steps(train_step: TrainStep, warn: Callable[[str], None]) -> Tapes:
-    """Let a step use recordings, as on a GPU."""
+def record_steps(train_step: TrainStep, warn: Callable[[str], None], world: World = ALONE) -> Tapes:
+    """Let a step use recordings, as on a GPU; with other processes, as on several."""
 
     def changed() -> list[Tensor]:
         moments = [tensor for state in train_step.optimiser.state.values() for tensor in state.values()]
         graphs = train_step.graphs
         results = graphs._share_of_loss, graphs._correct, graphs._norm, graphs._skipped
-        return [*(weight.detach() for weight in graphs.trainable), *moments, *graphs._gradients, *results]
+        return [*(weight.detach() for weight in graphs.trainable), *moments, *graphs._gradients.views, *results]
 
     tapes = Tapes(changed)
-    train_step.late = True
-    train_step.graphs = StepGraphs(train_step.config, train_step.model, train_step.optimiser, tapes, warn)
+    train_step.late, train_step.world = True, world
+    train_step.graphs = StepGraphs(train_step.config, train_step.model, train_step.optimiser, tapes, warn, world)
     return tapes

@@ -99,12 +99,12 @@ def test_a_padded_micro_batch_has_the_same_gradients(kind, rows, tmp_path, warni
     supervised = batch.supervised
     losses, correct = exact.backward([batch], supervised, len(batch))
     padded([batch], supervised, len(batch), 0.0)  # makes room for gradients
-    for gradient in padded.graphs._gradients:
+    for gradient in padded.graphs._gradients.views:
         gradient.zero_()
     padded.graphs._pass(batch)()
     torch.testing.assert_close(padded.graphs._share_of_loss, losses[0], atol=1e-6, rtol=1e-6)
     assert padded.graphs._correct == correct
-    for weight, gradient in zip(exact.trainable, padded.graphs._gradients, strict=True):
+    for weight, gradient in zip(exact.trainable, padded.graphs._gradients.views, strict=True):
         expected = torch.zeros_like(weight) if weight.grad is None else weight.grad
         torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
 
@@ -250,12 +250,12 @@ def test_work_that_runs_out_of_memory_has_changed_nothing(tmp_path, warnings):
     passes, update = graphs._pass(batch), graphs._adamw(tuple(range(len(graphs.trainable))))
 
     def changed():
-        gradients = {str(number): gradient.clone() for number, gradient in enumerate(graphs._gradients)}
+        gradients = {str(number): gradient.clone() for number, gradient in enumerate(graphs._gradients.views)}
         return gradients | tensors_of(train_step)
 
     for work in (passes, update):
         passes()
-        for weight, gradient in zip(graphs.trainable, graphs._gradients, strict=True):
+        for weight, gradient in zip(graphs.trainable, graphs._gradients.views, strict=True):
             weight.grad = gradient
         before, most = changed(), 0
         with FullMemory(10**6) as memory:

@@ -136,7 +136,7 @@ def _discarded(device: torch.device) -> Iterator[None]:
 def _by_trial(trial: Trial, sizes: Sequence[int]) -> tuple[int, str]:
     """On a GPU, which raises when it is full: the largest of the sizes (in falling order) that fits."""
     total = _gpu_memory(trial.device)
-    # A run also holds the optimiser's moments, and gradients that stay: those of recorded steps, or DDP's buckets.
+    # A run also holds the optimiser's moments, and gradients that stay where steps are recorded.
     besides = trial.moments * 3 // 2 + int(total * GPU_HEADROOM)
     for size in sizes:
         in_memory = _goes_through(trial, size, besides, total)

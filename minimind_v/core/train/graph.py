@@ -7,7 +7,7 @@ too, and a second recording clips them and does AdamW.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from minimind_v.core.data.batch import Batch
 from minimind_v.core.device import autocast
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.train.distributed import ALONE, World
+from minimind_v.core.train.gradients import Gradients
 
 CLOSE = 0.05  # of the change of a tensor: a replay that differs more is wrong; attention's sums differ by far less
 
@@ -52,7 +54,10 @@ def peak_with_recordings(device: torch.device, trainable: int) -> int:
 
 
 class StepGraphs:
-    """The forward and backward passes and the AdamW of a model that one GPU trains alone."""
+    """The forward and backward passes and the AdamW of a model that this process trains on a GPU.
+
+    Several processes add up their gradients between the two, outside of the graphs.
+    """
 
     def __init__(
         self,
@@ -61,15 +66,16 @@ class StepGraphs:
         optimiser: torch.optim.Optimizer,
         record: Record,
         warn: Callable[[str], None],
+        world: World = ALONE,
     ) -> None:
         """The optimiser must be fused. `warn` gets one line if steps are launched kernel by kernel after all."""
         self.config, self.model, self.optimiser, self.device = config, model, optimiser, model.device
+        self.world = world
         self.trainable: list[Tensor] = [weight for group in optimiser.param_groups for weight in group["params"]]
         self.graphs = CudaGraphs(self.device, "steps are launched", warn, CLOSE, record)
-        self._gradients: list[Tensor] = []
         self._inputs: dict[tuple[object, ...], Tensor] = {}
-        # Of a step: its supervised tokens, a micro-batch's share of its rows, and its loss, which decides if it counts.
-        self._supervised, self._share, self._loss = (torch.zeros((), device=self.device) for _ in range(3))
+        # Of a step: its supervised tokens, and a micro-batch's share of its rows.
+        self._supervised, self._share = (torch.zeros((), device=self.device) for _ in range(2))
         # Of a micro-batch: what it adds to the loss, and its tokens that are predicted right; of a step, its norm.
         self._share_of_loss, self._norm = (torch.zeros((), device=self.device) for _ in range(2))
         self._correct = torch.zeros((), device=self.device, dtype=torch.int64)
@@ -80,24 +86,29 @@ class StepGraphs:
         optimiser.found_inf = self._skipped  # type: ignore[attr-defined]
         optimiser._warned_capturable_if_run_uncaptured = True  # torch asks whether we mean it
 
-    def __call__(self, micro_batches: Iterable[Batch], supervised: int, rows: int, lr: float) -> Tensor:
+    @cached_property
+    def _gradients(self) -> Gradients:
+        return Gradients(self.trainable, self.world, self.config.reduce_dtype, [*self.model.vision_proj.parameters()])
+
+    def __call__(
+        self, micro_batches: Iterable[Batch], supervised: int, rows: int, lr: float, images: int = 1
+    ) -> Tensor:
         """One step over micro-batches on the device, their images encoded → the numbers of a PendingStep."""
-        self._gradients = self._gradients or [torch.zeros_like(weight) for weight in self.trainable]
         for group in self.optimiser.param_groups:
             group["lr"].fill_(lr)
         self._supervised.fill_(supervised)
-        losses, correct, reached = [], torch.zeros_like(self._correct), set[int]()
+        losses, reached = list[Tensor](), set[int]()
+        loss, correct = torch.zeros_like(self._share_of_loss), torch.zeros_like(self._correct)
         for batch in micro_batches:
             self._share.fill_(len(batch) / rows)
             reached.update(self._pass(batch)())
             losses.append(self._share_of_loss.clone())
+            loss += self._share_of_loss
             correct += self._correct
-        self._loss.copy_(torch.stack(losses).sum())
-        for number, (weight, gradient) in enumerate(zip(self.trainable, self._gradients, strict=True)):
-            weight.grad = gradient if number in reached else None
-        self._adamw(tuple(sorted(reached)))()
+        of_all = self._gradients.exchange(loss, correct, tuple(sorted(reached)), images)
+        self._adamw(of_all)()
         self.optimiser.zero_grad(set_to_none=True)
-        return torch.stack([*losses, correct, self._norm])
+        return torch.stack([*losses, self._gradients.loss, self._gradients.correct, self._norm])
 
     # --- a micro-batch ------------------------------------------------------------------------------------------------
 
@@ -128,7 +139,7 @@ class StepGraphs:
             inputs["image_positions"] = self._input("image_positions", positions, size, rows * wide - 1)
         key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs.values())
         work, results = partial(self._forward_backward, inputs), [self._share_of_loss, self._correct]
-        return partial(self.graphs.run, key, work, results, lambda: [self._gradients])
+        return partial(self.graphs.run, key, work, results, lambda: [self._gradients.views])
 
     def _input(self, name: str, values: Tensor, shape: tuple[int, ...], fill: int = 0) -> Tensor:
         """The tensor for an input of this shape, which all recordings share; behind the values it is filled up."""
@@ -149,7 +160,7 @@ class StepGraphs:
         gradients = torch.autograd.grad(loss, self.trainable, allow_unused=True)
         reached = [number for number, gradient in enumerate(gradients) if gradient is not None]
         correct = out.correct.sum()
-        torch._foreach_add_([self._gradients[n] for n in reached], [gradients[n] for n in reached])
+        torch._foreach_add_([self._gradients.views[n] for n in reached], [gradients[n] for n in reached])
         self._share_of_loss.copy_(loss.detach())
         self._correct.copy_(correct)
         return reached
@@ -171,10 +182,9 @@ class StepGraphs:
         return partial(self.graphs.run, reached, self._clip_and_step, [self._norm, self._skipped], state)
 
     def _clip_and_step(self) -> None:
-        gradients = [weight.grad for weight in self.trainable if weight.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm([weight.grad for weight in self.trainable if weight.grad is not None])
         self._norm.copy_(norm)
-        self._skipped.copy_(~torch.isfinite(norm + self._loss))
+        self._skipped.copy_(~torch.isfinite(norm + self._gradients.loss))
         nn.utils.clip_grads_with_norm_(self.trainable, self.config.grad_clip, norm)
         self.optimiser.step()
-        torch._foreach_zero_(gradients)
+        self._gradients.values.zero_()
