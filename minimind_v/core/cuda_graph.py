@@ -20,7 +20,7 @@ from torch import Tensor
 
 EAGER = 8  # times that work is done kernel by kernel; then it is recorded: what comes seldom is not worth it
 MOST = 192  # recordings of one kind of work; what comes later stays as it is
-SPARE = 0.04  # of a GPU's memory, which recordings leave: a driver takes up to 64 kB for each kernel of one
+SPARE = 0.04  # of a GPU's memory is left: some drivers are said to take 64 kB for each kernel of a recording
 TIES = 2  # a count may differ by so many: of equal logits either is the largest
 WAITED = "called a synchronizing"  # in torch's warning of a wait; its notice about such warnings has other words
 

@@ -121,6 +121,17 @@ def test_ten_replayed_steps_equal_those_on_exact_shapes(kind, policy, tmp_path, 
     assert (tapes.made, tapes.replayed) == (2, 22), "the passes and the update"
 
 
+def test_weights_are_cast_anew_at_each_replay(tmp_path, warnings):
+    """Autocast keeps casts of weights, but for no longer than a pass."""
+    eager, recorded = pair(tmp_path, dtype="bfloat16")
+    tapes, steps = record_steps(recorded, warnings.append), [shapes(1)] * (EAGER + 8)
+    losses = [[number.loss for number in train(train_step, steps)] for train_step in (eager, recorded)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert losses[1][-1] < 0.9 * losses[1][EAGER + 1], "it learns"
+    assert tapes.replayed == 16
+    assert not warnings
+
+
 def test_micro_batches_of_several_shapes_with_and_without_images(tmp_path, warnings):
     """A step without an image leaves the projector and its moments as they are."""
     eager, recorded = pair(tmp_path)
