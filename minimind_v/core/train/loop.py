@@ -318,6 +318,10 @@ class Run:
         rows = self.plan.rows_per_step
         about = announcement(config, self.plan, self.total, rows, self.train_step.model, where)
         self.listener.message(f"{about}; weights go to {RunFolder(config).weights}")
+        if self.world.size == 1 and config.reduce_dtype != RunConfig.reduce_dtype:
+            self.listener.warning(
+                f"--reduce-dtype {config.reduce_dtype} changes nothing: one process exchanges no gradients"
+            )
         if not self.progress.done:
             for line in before_the_start(config, self.plan, self.total):
                 self.listener.warning(line)
