@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from minimind_v.core.config.schema import REDUCE_DTYPES
+from minimind_v.core.cuda_graph import EAGER
 from minimind_v.core.data.feature_cache import FeatureCache
 from minimind_v.core.errors import LostContact
 from minimind_v.core.train.distributed import ALONE
 from minimind_v.core.train.gradients import Gradients
-from minimind_v.core.train.graph import EAGER
 from minimind_v.core.train.loop import Run
 from minimind_v.core.train.step import TrainStep
 from tests.conftest import Events, GivenBatches

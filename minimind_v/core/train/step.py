@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.cuda_graph import record_cuda
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureCache
 from minimind_v.core.device import autocast, has_fused_adamw
-from minimind_v.core.generate.cuda_graph import record_cuda
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.distributed import ALONE, World
 from minimind_v.core.train.freeze import freeze
