@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from minimind_v.core.config.schema import DataConfig, RunConfig
+from minimind_v.core.cuda_graph import EAGER
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureCache
 from minimind_v.core.data.loader import BatchPlan
@@ -26,7 +27,6 @@ from minimind_v.core.errors import UsageError
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.train.distributed import World, slurm_address
-from minimind_v.core.train.graph import EAGER
 from minimind_v.core.train.launch import Launch
 from minimind_v.core.train.step import TrainStep
 from tests.cli.harness import ROOT, Running, installed, read_rows, run_mmv, tiny_data, tokenizer, write_rows
