@@ -98,8 +98,8 @@ def chat(
     json: options.Json = False,
 ) -> None:
     """Ask about images. The answer goes to stdout; reasoning and everything else go to stderr."""
-    plain = plain or plain_terminal()
-    terminal = Terminal(plain)
+    wraps, plain = not plain, plain or plain_terminal()
+    terminal = Terminal(plain, wraps)
     prompt = _question(prompt, from_stdin=STDIN not in (image or []), json=json)
     from minimind_v.core.generate.settings import Sampling
 

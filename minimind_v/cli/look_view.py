@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
@@ -23,6 +24,7 @@ FULL = 8.0  # bits of the strongest colour
 GAIN, LOSS, HEAT = (18, 165, 148), (229, 130, 74), (255, 190, 60)
 SHOWN = 0.001  # of probability: a rival with less is left out
 GRID_WIDTH = 7  # cells of a patch's word, at most
+WIDE = 64  # cells of a terminal that has room for all columns of the table of tokens
 PICTURE_WIDTH = 44  # cells of an image
 IMAGES = {
     "grey": "grey image", "mirrored": "mirrored image", "rotated": "images in another order",
@@ -33,15 +35,16 @@ IMAGES = {
 def show_trace(terminal: Terminal, trace: Trace) -> None:
     """Write the answer coloured by the bits that the image gives, tokens and rivals, the image, words of patches."""
     out = terminal.out
-    out.print(_answer(trace))
+    show = partial(out.print, soft_wrap=not out.is_terminal)  # on a terminal, lines break between words
+    show(_answer(trace))
     bits, blank = sum(token.bits for token in trace.tokens), sum(token.bits_blank for token in trace.tokens)
     gain = f"The image gives {blank - bits:.1f} bits to this answer"
-    out.print(Text(f"\n{gain}: {bits:.1f} bits of surprise with it, {blank:.1f} with a grey image.", "bold"))
-    out.print(_tokens(trace))
+    show(Text(f"\n{gain}: {bits:.1f} bits of surprise with it, {blank:.1f} with a grey image.", "bold"))
+    show(_tokens(trace, out.width))
     for number, image in enumerate(trace.images):
         _show_image(terminal, trace, number, image)
     for variant in trace.variants.values():
-        out.print(Text.assemble((f"answer to the {IMAGES[variant.images]}: ", "dim"), visible(variant.answer)))
+        show(Text.assemble((f"answer to the {IMAGES[variant.images]}: ", "dim"), visible(variant.answer)))
 
 
 def _answer(trace: Trace) -> Text:
@@ -54,9 +57,10 @@ def _answer(trace: Trace) -> Text:
     return Text.assemble(*pieces)
 
 
-def _tokens(trace: Trace) -> Table:
+def _tokens(trace: Trace, width: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
-    for name in ("token", "probability", "bits", "grey image", "from the image", "rivals"):
+    bits = ("bits", "grey image") if width >= WIDE else ()
+    for name in ("token", "probability", *bits, "from the image", "rivals"):
         is_last = name == "rivals"  # it has what the others leave
         justify: JustifyMethod = "left" if is_last or name == "token" else "right"
         table.add_column(name, justify=justify, no_wrap=True, ratio=1 if is_last else None)
@@ -66,7 +70,7 @@ def _tokens(trace: Trace) -> Table:
             if word.value >= SHOWN:
                 rivals.append(visible(word.text).strip() or "␣").append(f" {word.value:.1%}  ", "dim")
         gain = Text(f"{round(token.gain, 2) + 0:+.2f}", "bold" if abs(token.gain) >= 1 else "dim")
-        numbers = f"{token.probability:.1%}", f"{token.bits:.2f}", f"{token.bits_blank:.2f}"
+        numbers = [f"{token.probability:.1%}", f"{token.bits:.2f}", f"{token.bits_blank:.2f}"][: len(bits) + 1]
         table.add_row(Text(visible(token.text)), *numbers, gain, rivals)
     return table
 
