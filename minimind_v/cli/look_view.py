@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
@@ -35,16 +34,16 @@ IMAGES = {
 def show_trace(terminal: Terminal, trace: Trace) -> None:
     """Write the answer coloured by the bits that the image gives, tokens and rivals, the image, words of patches."""
     out = terminal.out
-    show = partial(out.print, soft_wrap=not out.is_terminal)  # on a terminal, lines break between words
-    show(_answer(trace))
+    out.soft_wrap = not out.is_terminal  # there, lines break between words
+    out.print(_answer(trace))
     bits, blank = sum(token.bits for token in trace.tokens), sum(token.bits_blank for token in trace.tokens)
     gain = f"The image gives {blank - bits:.1f} bits to this answer"
-    show(Text(f"\n{gain}: {bits:.1f} bits of surprise with it, {blank:.1f} with a grey image.", "bold"))
-    show(_tokens(trace, out.width))
+    out.print(Text(f"\n{gain}: {bits:.1f} bits of surprise with it, {blank:.1f} with a grey image.", "bold"))
+    out.print(_tokens(trace, out.width))
     for number, image in enumerate(trace.images):
         _show_image(terminal, trace, number, image)
     for variant in trace.variants.values():
-        show(Text.assemble((f"answer to the {IMAGES[variant.images]}: ", "dim"), visible(variant.answer)))
+        out.print(Text.assemble((f"answer to the {IMAGES[variant.images]}: ", "dim"), visible(variant.answer)))
 
 
 def _answer(trace: Trace) -> Text:

@@ -53,6 +53,8 @@ class TraceSettings:
     occlusion: bool = False  # whether every patch is painted in turn
 
     def __post_init__(self) -> None:
+        if self.answer is not None and not isinstance(self.answer, str):
+            raise UsageError(f"the answer must be a text, not {type(self.answer).__name__}")
         if self.answer is not None and not self.answer.strip():
             raise UsageError("the answer is empty — give a text, or leave it out for the model's own")
 
