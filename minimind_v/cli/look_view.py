@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-    from minimind_v.core.generate.trace import Trace, TracedImage
+    from minimind_v.core.generate.traced import Trace, TracedImage
 
 FULL = 8.0  # bits of the strongest colour
 GAIN, LOSS, HEAT = (18, 165, 148), (229, 130, 74), (255, 190, 60)

@@ -27,6 +27,15 @@ def trace(sighted, tiny_data):
     return model.look(QUESTION, tiny_data.picture(), max_new_tokens=6, occlusion=True)
 
 
+def test_occlusion_reports_its_progress_and_the_time_left(sighted, tiny_data):
+    ended = run_look(tiny_data.picture(), QUESTION, "--occlusion", sighted=sighted)
+    lines = [line for line in ended.err.splitlines() if line.startswith("occlusion ")]
+    assert lines[-1].startswith("occlusion 64/64, ")
+    assert all(line.endswith(" s left") for line in lines)
+    assert len(lines) > 4
+    assert "occlusion" not in run_look(tiny_data.picture(), QUESTION, sighted=sighted).err
+
+
 def test_json_is_the_trace_of_the_python_interface(sighted, tiny_data, trace):
     ended = run_look(tiny_data.picture(), QUESTION, "--json", "--occlusion", sighted=sighted)
     assert ended.json == json.loads(json.dumps(trace.as_json()))

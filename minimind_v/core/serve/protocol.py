@@ -74,7 +74,7 @@ class Protocol(H11Protocol):
         return self._is_owed
 
     def _probe(self) -> None:
-        """End a connection that the client has closed: it has refused what it was sent, at first words without meaning."""
+        """End a connection that the client has closed: it has refused what was sent, at first words without meaning."""
         if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.transport.abort()
             return
