@@ -118,7 +118,8 @@ def chat(
     if prompt is not None:
         _once(terminal, session, prompt, pictures, max_new_tokens, json)
         return
-    from minimind_v.cli.conversation import COMMANDS, HELP, Conversation
+    from minimind_v.cli.conversation import HELP, Conversation
+    from minimind_v.cli.typed_commands import COMMANDS, run
 
     name = str(loaded.checkpoint.path)
     terminal.say(f"{name} — {HELP}")
@@ -127,7 +128,7 @@ def chat(
     with _leaves_on_sigterm():
         if pictures:
             conversation.add(pictures)
-        conversation.run()
+        run(conversation)
 
 
 def _question(prompt: str | None, from_stdin: bool, json: bool) -> str | None:

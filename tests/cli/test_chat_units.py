@@ -19,6 +19,7 @@ from minimind_v.cli.chat_images import Display, beside, find_display
 from minimind_v.cli.chat_save import Talk, as_address, write_of
 from minimind_v.cli.conversation import Conversation
 from minimind_v.cli.terminal import Terminal
+from minimind_v.cli.typed_commands import run
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.sampling import GREEDY
@@ -208,7 +209,7 @@ def test_reasoning_is_switched_on_shown_and_saved(tmp_path, capsys):
     session.sampler = SpokenText(vocabulary, "A star", "of red\n</think>\n\nA star", "A cross")
     file = tmp_path / "talk.json"
     lines = ScriptedLines("What is it?", "/think", "/again", f"/save {file}", "/think off", "/edit", "Which?", "/top")
-    Conversation(Terminal(), session, 20, lines).run()
+    run(Conversation(Terminal(), session, 20, lines))
     messages = json.loads(file.read_text())["messages"]
     assert messages[-1] == {"role": "assistant", "content": "A star", "reasoning_content": "of red"}
     assert len(messages) == 2
@@ -230,7 +231,7 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came(tmp_path, capsys):
 
     session.sampler = draw
     file = tmp_path / "talk.json"
-    Conversation(Terminal(), session, 20, ScriptedLines("What is it?", f"/save {file}")).run()
+    run(Conversation(Terminal(), session, 20, ScriptedLines("What is it?", f"/save {file}")))
     assert json.loads(file.read_text())["messages"][-1]["content"] == "A red star"
     assert capsys.readouterr().out == "A red star\n"
 
