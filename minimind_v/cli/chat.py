@@ -43,12 +43,12 @@ class ChatCommand(Command):
     once = ()
 
     def too_many(self, values: dict[str, Any], extra: Sequence[str]) -> str:
-        questions = [str(values.get("prompt") or ""), *extra]
-        if values.get("image") and any(Path(word).suffix.lower() in PICTURE_ENDINGS for word in questions[:-1]):
-            options = [word for picture in [*values["image"], *questions[:-1]] for word in ("--image", picture)]
-            return f"each image needs its own --image: {shlex.join(['mmv', 'chat', *options, questions[-1]])}"
-        options = [word for picture in values.get("image") or [] for word in ("--image", str(picture))]
-        return f"put the question in quotes: {shlex.join(['mmv', 'chat', *options, ' '.join(questions)])}"
+        words = [str(values.get("prompt") or ""), *extra]
+        pictures = [word for word in words if Path(word).suffix.lower() in PICTURE_ENDINGS]
+        question = " ".join(word for word in words if word not in pictures) or "What is in the image?"
+        options = [part for picture in [*(values.get("image") or []), *pictures] for part in ("--image", str(picture))]
+        advice = "each image needs its own --image" if pictures else "put the question in quotes"
+        return f"{advice}: {shlex.join(['mmv', 'chat', *options, question])}"
 
 
 QuestionText = Annotated[

@@ -100,6 +100,10 @@ def _check(
     *names, question = arguments
     if not names:
         raise UsageError(f"{question!r}: an image and a question are needed — {EXAMPLE}")
+    texts = [name for name in names if not pictures_in(name)]
+    if pictures_in(question) and len(texts) == 1:
+        pictures = [word for word in arguments if word not in texts]
+        raise UsageError(f"the question stands last: {shlex.join(['mmv', 'look', *pictures, *texts])}")
     if pictures_in(question):
         command = shlex.join(["mmv", "look", *arguments, "What is in the image?"])
         raise UsageError(f"the last argument is an image file, not a question — {command}")
