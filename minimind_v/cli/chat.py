@@ -43,10 +43,12 @@ class ChatCommand(Command):
     once = ()
 
     def too_many(self, values: dict[str, Any], extra: Sequence[str]) -> str:
-        words = [str(values.get("prompt") or ""), *extra]
-        pictures = [word for word in words if Path(word).suffix.lower() in PICTURE_ENDINGS]
-        question = " ".join(word for word in words if word not in pictures) or "What is in the image?"
-        options = [part for picture in [*(values.get("image") or []), *pictures] for part in ("--image", str(picture))]
+        texts = [str(values.get("prompt") or ""), *extra]
+        pictures = [text for text in texts if Path(text).suffix.lower() in PICTURE_ENDINGS]
+        question = " ".join(text for text in texts if text not in pictures) or "What is in the image?"
+        options = [
+            option for picture in [*(values.get("image") or []), *pictures] for option in ("--image", str(picture))
+        ]
         advice = "each image needs its own --image" if pictures else "put the question in quotes"
         return f"{advice}: {shlex.join(['mmv', 'chat', *options, question])}"
 

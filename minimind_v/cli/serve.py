@@ -34,7 +34,7 @@ class ServeCommand(Command):
 
     def too_many(self, values: dict[str, Any], extra: Sequence[str]) -> str:
         """The message about words, which may be meant as models."""
-        options = [part for word in extra for part in ("--model", word)]
+        options = [option for word in extra for option in ("--model", word)]
         return f"each model needs its own --model: {shlex.join(['mmv', str(self.name), *options])}"
 
 
