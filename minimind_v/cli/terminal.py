@@ -153,7 +153,7 @@ class ProgressLine:
                        TextColumn("{task.fields[note]}"), RateColumn(), TimeRemainingColumn())  # fmt: skip
             # A result that is written meanwhile stays on stdout.
             self._bar = Progress(*columns, console=self.terminal.err, transient=True, redirect_stdout=False)
-            self._task = self._bar.add_task(self.what, total=None, note="")
+            self._task = self._bar.add_task(self.what, total=None, note="", visible=False)  # until its total is known
             self._bar.start()
         return self
 
@@ -163,7 +163,7 @@ class ProgressLine:
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         if self._bar:
-            self._bar.update(self._task, completed=done, total=total, note=note)
+            self._bar.update(self._task, completed=done, total=total, note=note, visible=True)
         elif not note and done * 10 // max(total, 1) > self._tenth:
             self._tenth = done * 10 // max(total, 1)
             (then, done_then), self._then = self._then, (time.monotonic(), done)
