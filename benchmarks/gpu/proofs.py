@@ -23,13 +23,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.gpu import curve
 from benchmarks.gpu.card import Card, Kernels, Result, close
 from benchmarks.gpu.runs import StepListener, configure, make_run
+from minimind_v.core.cuda_graph import EAGER, WAITED
 from minimind_v.core.model import ops
 from minimind_v.core.model.kernels import cuda_moe
 from minimind_v.core.model.kernels.accelerate import accelerate, plain
 from minimind_v.core.model.moe import MoEFeedForward
 from minimind_v.core.monitor.metrics import StepMetrics
 from minimind_v.core.train.batch_size import find_batch_size
-from minimind_v.core.train.graph import WAITED
 from minimind_v.core.train.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,7 +173,7 @@ def waits(card: Card, result: Result) -> None:
             with _warnings_into(caught):
                 run = make_run(configure(card, preset, stage), StepListener(on_step))
                 if run.train_step.graphs:  # to record and to compare is to wait
-                    run.train_step.graphs.recorder.on = False
+                    run.train_step.graphs.graphs.on = False
                 run.run()
         finally:
             _watch_waits(card, "default")
@@ -244,7 +244,7 @@ def _stop_at(step: int, metrics: StepMetrics) -> bool:
 
 
 def automatic_batch(card: Card, result: Result) -> None:
-    """`--batch-size auto` where not all rows of an update fit, and then an update of the longest rows."""
+    """`--batch-size auto` where not all rows of an update fit, and then updates of the longest rows, recorded."""
     config = configure(card, "small", "pretrain")
     if not card.cuda:
         room = 10**9
@@ -261,8 +261,14 @@ def automatic_batch(card: Card, result: Result) -> None:
             torch.cuda.set_per_process_memory_fraction(0.7 * most / total, index)
             chosen, why = find_batch_size(config, card.device)
             trial = Trial(chosen, card.device)
-            trial(chosen.data.batch_size)
-            result["checks"] = {"a smaller batch than the recipe's": chosen.data.batch_size < config.data.batch_size}
+            batch = trial.largest(chosen.data.batch_size)
+            graphs = trial.train_step.graphs
+            for _ in range(EAGER + 2):
+                trial.train_step([batch], batch.supervised, len(batch), 0.0)
+            result["checks"] = {
+                "a smaller batch than the recipe's": chosen.data.batch_size < config.data.batch_size,
+                "its largest rows are recorded": graphs is not None and graphs.graphs.recorded == 2,
+            }
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, index)
             torch.cuda.empty_cache()

@@ -25,8 +25,8 @@ PREDICTED = {
         "small sft, pictures encoded, at their step": "0.3 K",
     },
     "steps": {
-        "small pretrain, read late": "10–20 % less", "small pretrain, graph": "2.3 times as fast as eager",
-        "small sft, read late": "10–20 % less", "small sft, graph": "3.5–4 times as fast as eager",
+        "small pretrain, padded": "10–20 % less", "small pretrain, graph": "2.3 times as fast as eager",
+        "small sft, padded": "10–20 % less", "small sft, graph": "3.5–4 times as fast as eager",
     },
     "resident": {
         "pretrain, eager": "6–8 ms of the host", "pretrain, graph": "3.0 ms", "pretrain, both": "1.9 ms",

@@ -31,6 +31,7 @@ from minimind_v.core.monitor.messages import too_little
 from minimind_v.core.monitor.metrics import Listener, StepMetrics
 from minimind_v.core.pages.run_report import disk_used
 from minimind_v.core.rows.stores import open_rows
+from minimind_v.core.train.graph import peak_with_recordings
 from minimind_v.core.train.loop import Run
 from minimind_v.core.train.run import assemble
 from minimind_v.core.train.run_folder import RunFolder
@@ -165,7 +166,10 @@ def _measure(config: RunConfig, steps: int, first: int) -> tuple[Stopwatch, Stop
         state = sum(path.stat().st_size for path in folder.states.paths())
         best = folder.weights.stat().st_size if config.val_every or config.best_by else 0
         saves = -(-steps // config.save_every) if config.save_every else 1
-        memory, disk = max(peak_memory()), disk_used(folder.folder) + best + (min(config.keep, saves) - 1) * state
+        device, weights = run.train_step.model.device, sum(weight.nbytes for weight in run.train_step.trainable)
+        recorded = peak_with_recordings(device, weights) if device.type == "cuda" else 0  # most steps are later
+        memory = max(*peak_memory(), recorded)
+        disk = disk_used(folder.folder) + best + (min(config.keep, saves) - 1) * state
         if steps > first and run.train_step.features.store is not None:
             later = Stopwatch()
             later.run = assemble(replace(few, max_steps=run.progress.done), later, overwrite=True)
