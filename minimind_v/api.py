@@ -31,7 +31,8 @@ from minimind_v.core.formats.load import load as load_model
 from minimind_v.core.generate.engine import Engine
 from minimind_v.core.generate.sampling import Sampling
 from minimind_v.core.generate.session import Session
-from minimind_v.core.generate.trace import Trace, TraceSettings, trace_answer
+from minimind_v.core.generate.trace import TraceSettings, trace_answer
+from minimind_v.core.generate.traced import Trace
 from minimind_v.core.hub.sources import WEIGHTS_ENDINGS
 from minimind_v.core.model.vlm import VLM, Output
 from minimind_v.core.monitor.metrics import Listener

@@ -150,17 +150,59 @@ def test_an_opened_image_is_turned_upright_as_its_file_is(m, tmp_path):
         (np.zeros((9, 9, 3), np.int64), "type int64"),
         (np.zeros((2, 9, 9, 3), np.uint8), r"\[2, 9, 9, 3\]"),
         (np.zeros((0, 9, 3), np.uint8), "not an image"),
-        (torch.zeros(3, 9, 9), "not an image: Tensor"),
+        (np.zeros((3, 9, 9)), r"shape \[3, 9, 9\] and type float64, values from 0 to 0 .* with the channels last"),
+        (np.zeros((9, 9)) > 0, "type bool"),
+        (np.array(3.5), r"shape \[\] and type float64"),
+        (torch.zeros(3, 9, 9), r"a tensor of shape \[3, 9, 9\] and type float32, values .* with the channels last"),
+        (torch.full((9, 9, 3), 255, dtype=torch.uint8), "a tensor of .* type uint8 — give .* from 0 to 1$"),
+        (torch.full((9, 9), 255.0, requires_grad=True), "values from 255 to 255 — give a numpy array"),
+        (torch.zeros(0, dtype=torch.bfloat16), "type bfloat16 — give a numpy array"),
+        (Image.new("RGB", (0, 5)), "0×5 pixels"),
         (7, "not an image: int"),
+        ("", "the name of an image is empty"),
         (b"no picture", "not a picture"),
         ("pictures/moon.jpg", "no image file at pictures/moon.jpg"),
     ],
-    ids=str,
 )
 def test_what_is_no_image_is_refused_in_one_line(m, image, message):
     with pytest.raises(mmv.MmvError, match=message) as raised:
         m.ask(QUESTION, image)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"])
+def test_an_image_of_any_usual_mode_is_read(m, mode):
+    pixels = m.processor.pixels(Image.new(mode, (40, 30)))
+    assert pixels.shape == (3, 64, 64)
+    assert pixels.std(axis=(1, 2)).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.ask(None), "the question must be a text, not NoneType"),
+        (lambda m: m.ask(b"What?", STAR), "the question must be a text, not bytes"),
+        (lambda m: list(m.stream(7)), "the question must be a text, not int"),
+        (lambda m: m.look(["What?"], STAR), "the question must be a text, not list"),
+        (lambda m: m.look("What?", STAR, answer=5), "the answer must be a text, not int"),
+        (lambda m: m.look("What?", STAR, swap=5), "not an image: int"),
+        (lambda m: m.look("What?", STAR, max_new_tokens="8"), "max_new_tokens must be a whole number, not '8'"),
+        (lambda m: m.chat().ask("What?", max_new_tokens=2.5), "max_new_tokens must be a whole number, not 2.5"),
+        (lambda m: m.chat("hot"), "temperature must be a number, not 'hot'"),
+        (lambda m: m.chat(1.0, None), "top_p must be a number, not None"),
+        (lambda m: m.ask("What?", seed=1.5), "seed must be a whole number, not 1.5"),
+        (lambda m: m.processor(None), "the question must be a text, not NoneType"),
+        (lambda m: m.processor([1], [None]), "the question must be a text, not int"),
+    ],
+)  # fmt: skip
+def test_a_value_of_a_wrong_type_is_named(m, call, message):
+    with pytest.raises(mmv.MmvError, match=message):
+        call(m)
+
+
+def test_numbers_of_numpy_are_numbers(m):
+    settings = {"temperature": np.float32(1), "seed": np.int64(3), "max_new_tokens": np.int32(2)}
+    assert m.ask(QUESTION, **settings) == m.ask(QUESTION, temperature=1, seed=3, max_new_tokens=2)
 
 
 def test_images_and_texts_must_fit_each_other(m):

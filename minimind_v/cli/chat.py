@@ -43,12 +43,14 @@ class ChatCommand(Command):
     once = ()
 
     def too_many(self, values: dict[str, Any], extra: Sequence[str]) -> str:
-        questions = [str(values.get("prompt") or ""), *extra]
-        if values.get("image") and any(Path(word).suffix.lower() in PICTURE_ENDINGS for word in questions[:-1]):
-            options = [word for picture in [*values["image"], *questions[:-1]] for word in ("--image", picture)]
-            return f"each image needs its own --image: {shlex.join(['mmv', 'chat', *options, questions[-1]])}"
-        options = [word for picture in values.get("image") or [] for word in ("--image", str(picture))]
-        return f"put the question in quotes: {shlex.join(['mmv', 'chat', *options, ' '.join(questions)])}"
+        texts = [str(values.get("prompt") or ""), *extra]
+        pictures = [text for text in texts if Path(text).suffix.lower() in PICTURE_ENDINGS]
+        question = " ".join(text for text in texts if text not in pictures) or "What is in the image?"
+        options = [
+            option for picture in [*(values.get("image") or []), *pictures] for option in ("--image", str(picture))
+        ]
+        advice = "each image needs its own --image" if pictures else "put the question in quotes"
+        return f"{advice}: {shlex.join(['mmv', 'chat', *options, question])}"
 
 
 QuestionText = Annotated[
@@ -98,8 +100,8 @@ def chat(
     json: options.Json = False,
 ) -> None:
     """Ask about images. The answer goes to stdout; reasoning and everything else go to stderr."""
-    plain = plain or plain_terminal()
-    terminal = Terminal(plain)
+    wraps, plain = not plain, plain or plain_terminal()
+    terminal = Terminal(plain, wraps)
     prompt = _question(prompt, from_stdin=STDIN not in (image or []), json=json)
     from minimind_v.core.generate.settings import Sampling
 
@@ -118,7 +120,8 @@ def chat(
     if prompt is not None:
         _once(terminal, session, prompt, pictures, max_new_tokens, json)
         return
-    from minimind_v.cli.conversation import COMMANDS, HELP, Conversation
+    from minimind_v.cli.conversation import HELP, Conversation
+    from minimind_v.cli.typed_commands import COMMANDS, run
 
     name = str(loaded.checkpoint.path)
     terminal.say(f"{name} — {HELP}")
@@ -127,7 +130,7 @@ def chat(
     with _leaves_on_sigterm():
         if pictures:
             conversation.add(pictures)
-        conversation.run()
+        run(conversation)
 
 
 def _question(prompt: str | None, from_stdin: bool, json: bool) -> str | None:

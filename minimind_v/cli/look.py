@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,7 @@ from minimind_v.core.errors import UsageError, open_all
 if TYPE_CHECKING:
     from minimind_v.core.data.picture_names import Picture
     from minimind_v.core.formats.load import LoadedModel
-    from minimind_v.core.generate.trace import Trace
+    from minimind_v.core.generate.traced import Trace
 
 EXAMPLE = "mmv look dog.jpg 'What is this?'"
 
@@ -68,7 +69,8 @@ def look(
         lambda: options.load(model, vision_model, tokenizer, device, terminal.say),
     )
     how = {"answer": answer, "max_new_tokens": max_new_tokens, "occlusion": occlusion}
-    trace = _trace(loaded, question, pictures, others, think, how)
+    with terminal.progress("occlusion") if occlusion else nullcontext() as progress:
+        trace = _trace(loaded, question, pictures, others, think, how, progress)
     if html:
         from minimind_v.core.pages.microscope import write_microscope
 
@@ -98,6 +100,10 @@ def _check(
     *names, question = arguments
     if not names:
         raise UsageError(f"{question!r}: an image and a question are needed — {EXAMPLE}")
+    texts = [name for name in names if not pictures_in(name)]
+    if pictures_in(question) and len(texts) == 1:
+        pictures = [word for word in arguments if word not in texts]
+        raise UsageError(f"the question stands last: {shlex.join(['mmv', 'look', *pictures, *texts])}")
     if pictures_in(question):
         command = shlex.join(["mmv", "look", *arguments, "What is in the image?"])
         raise UsageError(f"the last argument is an image file, not a question — {command}")
@@ -115,7 +121,13 @@ def _check(
 
 
 def _trace(
-    loaded: LoadedModel, question: str, pictures: Sequence[Any], others: Sequence[Any], think: bool, how: dict[str, Any]
+    loaded: LoadedModel,
+    question: str,
+    pictures: Sequence[Any],
+    others: Sequence[Any],
+    think: bool,
+    how: dict[str, Any],
+    progress: Callable[[int, int], None] | None,
 ) -> Trace:
     from minimind_v.core.generate.engine import Engine
     from minimind_v.core.generate.trace import TraceSettings, trace_answer
@@ -125,4 +137,5 @@ def _trace(
     settings = TraceSettings(**how, swap=[engine.processor.pixels(picture) for picture in others])
     messages = [{"role": "user", "content": text}]
     prompt = engine.prompt(messages, pixels, settings.max_new_tokens, think)
-    return replace(trace_answer(engine, prompt, settings, question), model=str(loaded.checkpoint.path))
+    trace = trace_answer(engine, prompt, settings, question, progress=progress)
+    return replace(trace, model=str(loaded.checkpoint.path))

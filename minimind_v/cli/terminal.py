@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
@@ -31,6 +31,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from minimind_v.cli.word_wrap import Unchanged, WordWrap, wrap
 from minimind_v.core.errors import MmvError, readable
 from minimind_v.core.files import as_json
 from minimind_v.core.train.launch import report_to_launcher
@@ -49,15 +50,16 @@ class Terminal:
 
     verbosity = Verbosity.normal  # of the whole program
 
-    def __init__(self, plain: bool = False) -> None:
-        """`plain`: without colours and styles, also on a terminal."""
+    def __init__(self, plain: bool = False, wraps: bool = False) -> None:
+        """`plain`: without colours and styles, also on a terminal; `wraps`: lines break between words there."""
+        self._wraps = wraps
         style: dict[str, Any] = {"highlight": False, "soft_wrap": True} | ({"color_system": None} if plain else {})
         self.out = Console(**style)
         self.err = Console(stderr=True, quiet=self.verbosity is Verbosity.quiet, **style)
 
     def say(self, message: str) -> None:
         """Write a message about the progress of a command."""
-        self.err.print(escape(message))
+        self.err.print(escape(self._lines(message)))
 
     def record(self, line: str) -> None:
         """Write a line of a log to stderr, unchanged."""
@@ -77,7 +79,7 @@ class Terminal:
             self.err.print(Text(message, "dim"))
 
     def warn(self, message: str) -> None:
-        self.err.print(f"[yellow]{escape(readable(message))}[/yellow]")
+        self.err.print(f"[yellow]{escape(self._lines(readable(message)))}[/yellow]")
 
     def fail(self, message: str) -> None:
         """Write an error, also where --quiet is given."""
@@ -88,6 +90,19 @@ class Terminal:
         """Write a result to stdout, unchanged."""
         sys.stdout.write(text + end)
         sys.stdout.flush()
+
+    def _lines(self, message: str) -> str:
+        return wrap(message, self.err.width) if self._wraps_on(self.err) else message
+
+    def _wraps_on(self, console: Console) -> bool:
+        return self._wraps and console.file.isatty()
+
+    def streams(self) -> tuple[WordWrap | Unchanged, WordWrap | Unchanged]:
+        """Where a text that comes in pieces is written: a model's answer, and its reasoning."""
+        return self._stream(self.out, lambda text: self.result(text, end="")), self._stream(self.err, self.reasoning)
+
+    def _stream(self, console: Console, write: Callable[[str], None]) -> WordWrap | Unchanged:
+        return WordWrap(write, lambda: console.width) if self._wraps_on(console) else Unchanged(write)
 
     def reasoning(self, text: str) -> None:
         """Write a piece of a model's reasoning, dimmed."""
@@ -138,7 +153,7 @@ class ProgressLine:
                        TextColumn("{task.fields[note]}"), RateColumn(), TimeRemainingColumn())  # fmt: skip
             # A result that is written meanwhile stays on stdout.
             self._bar = Progress(*columns, console=self.terminal.err, transient=True, redirect_stdout=False)
-            self._task = self._bar.add_task(self.what, total=None, note="")
+            self._task = self._bar.add_task(self.what, total=None, note="", visible=False)  # until its total is known
             self._bar.start()
         return self
 
@@ -148,7 +163,7 @@ class ProgressLine:
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         if self._bar:
-            self._bar.update(self._task, completed=done, total=total, note=note)
+            self._bar.update(self._task, completed=done, total=total, note=note, visible=True)
         elif not note and done * 10 // max(total, 1) > self._tenth:
             self._tenth = done * 10 // max(total, 1)
             (then, done_then), self._then = self._then, (time.monotonic(), done)

@@ -61,6 +61,10 @@ SEE = f"--tokenizer {ASSETS} --vision-model {EYE}"
         ("data stats cats.jsonl --html cats.jsonl " + SEE, "not a page by mmv"),
         ("data stats cats.jsonl --html cats_images.zip " + SEE, "not a page by mmv"),
         ("data stats cats.jsonl --html shards " + SEE, "is a folder"),
+        ("data stats cats.jsonl --html new.txt " + SEE, "new.txt has no ending of a page — name it new.html"),
+        ("data preview cats.jsonl --html new " + SEE, "name it new.html"),
+        ("look cats.jpg What? --html new.txt", "name it new.html"),
+        ("compare held.jsonl cats.jsonl --html new.htmlx", "name it new.html"),
         ("data preview cats.jsonl --html held.jsonl " + SEE, "not a page by mmv"),
         # weights
         ("convert --to safetensors --model mine.safetensors --out mine.safetensors --overwrite", "is the source"),

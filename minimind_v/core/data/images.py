@@ -119,6 +119,8 @@ def to_pixels(
 ) -> np.ndarray:
     """Prepare a decoded image as `load_pixels` does. Raises RowError with `name`."""
     with _row_errors(name):
+        if not all(image.size):
+            raise ValueError(f"it has {image.width}×{image.height} pixels")
         return _prepare(image, image.size, size, resize_mode, resample)
 
 

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Integral
 from threading import Condition, Lock
 from threading import Event as Flag
 from typing import Any, Literal
@@ -137,6 +138,8 @@ class Engine:
         A quarter of the context, or `max_new_tokens`, stays free for the answer. Raises UsageError where the last turn
         does not fit, or for an answer of no tokens.
         """
+        if not isinstance(max_new_tokens, Integral):
+            raise UsageError(f"max_new_tokens must be a whole number, not {max_new_tokens!r:.100}")
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         room, dropped = self.context - min(max_new_tokens, self.context // 4), 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 from minimind_v.core.errors import UsageError
 
@@ -19,6 +20,10 @@ class Sampling:
     repetition_penalty: float = 1.0  # divides the odds of tokens that the text has already (Keskar et al., 2019)
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, is_whole = getattr(self, field.name), field.name in ("seed", "top_k")
+            if not isinstance(value, Integral if is_whole else Real) and not (field.name == "seed" and value is None):
+                raise UsageError(f"{field.name} must be a {'whole ' * is_whole}number, not {value!r:.100}")
         if not self.temperature >= 0:
             raise UsageError(f"temperature must be at least 0, not {self.temperature:g}")
         if not 0 < self.top_p <= 1:

@@ -98,6 +98,13 @@ class Entry:
     description: dict[str, Any] | None = None
     preset: str | None = None  # the size of the model, where it has a name
 
+    @property
+    def format(self) -> str:
+        """What its path is: a pth, safetensors or gguf file, or a folder for transformers or llama.cpp (gguf)."""
+        if self.path.is_dir():
+            return "gguf" if is_gguf(self.path) else "transformers"
+        return self.path.suffix.removeprefix(".")
+
 
 class Models:
     """Models by name, for the thread of an event loop; what takes long runs in other threads."""
@@ -158,7 +165,7 @@ class Models:
                     await asyncio.to_thread(self._describe, entry)
         return [
             {"id": entry.name, "object": "model", "created": entry.created, "owned_by": "mmv",
-             "mmv": {"loaded": entry.model is not None, **(entry.description or {})}}
+             "mmv": {"format": entry.format, "loaded": entry.model is not None, **(entry.description or {})}}
             for entry in self.entries.values()
         ]  # fmt: skip
 
