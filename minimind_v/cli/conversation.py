@@ -94,7 +94,7 @@ class Conversation:
             except KeyboardInterrupt:
                 self.terminal.result("")
             except MmvError as error:
-                self.terminal.warn(str(error))
+                self.terminal.warn(str(error), always=True)
 
     def take(self, line: str) -> None:
         """Carry out one line: a command, image names, or a question. Raises MmvError, and Leave at the end."""
