@@ -82,7 +82,7 @@ $(VENV)/.interop: $(DEV)
 # lmms-eval in an environment of its own, which sees the packages of the other one and replaces those that it needs in
 # other releases. A torchvision that was built for another torch is worse than none.
 $(VENV)/lmms/.ready: $(DEV)
-	$(PYTHON) -m venv $(VENV)/lmms
+	$(BIN)/python -m venv $(VENV)/lmms
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(' + repr(sysconfig.get_path('purelib')) + ')')" \
 		> "$$($(VENV)/lmms/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
 	$(VENV)/lmms/bin/pip install --constraint constraints.txt lmms-eval==0.7.3 'filelock<4' decord

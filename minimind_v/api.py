@@ -352,9 +352,9 @@ def evaluate(
         return _evaluate_by_task(model, _path(data), _path(images), str(task), _path(out), split, limit, dtype)
     if out is not None or data is None:
         raise UsageError("out, and None for data, are for an evaluation with a task — name one with task=")
-    m = model if isinstance(model, LoadedVLM) else load(model)
     file = Path(data)
     rows = open_rows(file, _path(images) or images_beside(file), split, log.info, SCORE)
+    m = model if isinstance(model, LoadedVLM) else load(model)
     dataset = held_out_dataset(m.model, m.tokenizer, rows, max_length, blank)
     ids = m.tokenizer.pad_id, m.tokenizer.eos_id
     cache = None if blank else features_beside(m.model, m.path, dtype, len(rows), log.info, log.warning)
@@ -375,19 +375,16 @@ def _evaluate_by_task(
     dtype: str,
 ) -> dict[str, Any]:
     from minimind_v.core.evaluate.benchmarks import open_benchmark  # here: their metrics take a second to import
-    from minimind_v.core.evaluate.by_task import choose_task, evaluate_task
+    from minimind_v.core.evaluate.by_task import check_out, choose_task, evaluate_task
 
     chosen = choose_task(task)
     data, split = chosen.source(data, split)
     if data is None:
         raise UsageError(f"the task {task} names no data — give them")
-    m = model if isinstance(model, LoadedVLM) else load(model)
+    check_out(out)
     rows = open_benchmark(data, images or images_beside(data), split, log.info, chosen.names)
-    cache = features_beside(m.model, m.path, dtype, len(rows), log.info, log.warning)
-    result = evaluate_task(m._loaded, chosen, rows, out, limit=limit, dtype=dtype, memory=cache)
-    for skipped in result.skipped[:5]:
-        log.warning("skipped: %s", skipped)
-    return result.report
+    m = model if isinstance(model, LoadedVLM) else load(model)
+    return evaluate_task(m._loaded, chosen, rows, out, limit=limit, dtype=dtype, say=log.info, warn=log.warning).report
 
 
 class _Logged(Listener):

@@ -103,10 +103,11 @@ def chat(
     wraps, plain = not plain, plain or plain_terminal()
     terminal = Terminal(plain, wraps)
     prompt = _question(prompt, from_stdin=STDIN not in (image or []), json=json)
-    from minimind_v.core.generate.settings import Sampling
+    from minimind_v.core.generate.settings import Sampling, check_system
 
     temperature = 0.0 if greedy else temperature
     sampling = Sampling(temperature, top_p, seed, top_k, min_p, repetition_penalty)
+    check_system(system)
     display = None if plain or prompt is not None else find_display(terminal.out)
     (images, pictures), loaded = open_all(
         lambda: _read(image or [], prompt),
@@ -230,7 +231,7 @@ def _each(
             if error is not None:
                 code = 1
                 message = readable(str(error))
-                terminal.warn(message if name in message else f"{name}: {message}")
+                terminal.warn(message if name in message else f"{name}: {message}", always=True)
             if json and error is not None:
                 terminal.json({"prompt": prompt, "images": [name], "error": message})
             elif json:

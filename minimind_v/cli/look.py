@@ -20,6 +20,7 @@ from minimind_v.core.errors import UsageError, open_all
 if TYPE_CHECKING:
     from minimind_v.core.data.picture_names import Picture
     from minimind_v.core.formats.load import LoadedModel
+    from minimind_v.core.generate.trace import TraceSettings
     from minimind_v.core.generate.traced import Trace
 
 EXAMPLE = "mmv look dog.jpg 'What is this?'"
@@ -63,14 +64,14 @@ def look(
 
     terminal = Terminal()
     names, question = _check(arguments, swap or [], html, model)
-    pictures, others, loaded = open_all(
+    pictures, others, settings, loaded = open_all(
         lambda: read_pictures(names, _read),
         lambda: read_pictures(swap or [], _read),
+        lambda: _settings(answer, max_new_tokens, occlusion),
         lambda: options.load(model, vision_model, tokenizer, device, terminal.say),
     )
-    how = {"answer": answer, "max_new_tokens": max_new_tokens, "occlusion": occlusion}
     with terminal.progress("occlusion") if occlusion else nullcontext() as progress:
-        trace = _trace(loaded, question, pictures, others, think, how, progress)
+        trace = _trace(loaded, question, pictures, others, think, settings, progress)
     if html:
         from minimind_v.core.pages.microscope import write_microscope
 
@@ -120,21 +121,27 @@ def _check(
     return names, question
 
 
+def _settings(answer: str | None, max_new_tokens: int, occlusion: bool) -> TraceSettings:
+    from minimind_v.core.generate.trace import TraceSettings
+
+    return TraceSettings(answer, max_new_tokens, occlusion=occlusion)
+
+
 def _trace(
     loaded: LoadedModel,
     question: str,
     pictures: Sequence[Any],
     others: Sequence[Any],
     think: bool,
-    how: dict[str, Any],
+    settings: TraceSettings,
     progress: Callable[[int, int], None] | None,
 ) -> Trace:
     from minimind_v.core.generate.engine import Engine
-    from minimind_v.core.generate.trace import TraceSettings, trace_answer
+    from minimind_v.core.generate.trace import trace_answer
 
     engine = Engine(loaded.model, loaded.tokenizer, most_rows=1)
     text, pixels = engine.processor.question(question, list(pictures))
-    settings = TraceSettings(**how, swap=[engine.processor.pixels(picture) for picture in others])
+    settings = replace(settings, swap=[engine.processor.pixels(picture) for picture in others])
     messages = [{"role": "user", "content": text}]
     prompt = engine.prompt(messages, pixels, settings.max_new_tokens, think)
     trace = trace_answer(engine, prompt, settings, question, progress=progress)

@@ -30,7 +30,7 @@ def plan(
     resolved, terminal = resolve_run(ctx, stage, config, settings, sets), Terminal()
     check_machine(resolved.config)
     find_inputs(replace(resolved.config, init=None))  # it measures with random weights
-    from minimind_v.core.pages.run_report import shown
+    from minimind_v.core.pages.run_report import LABELS, shown
     from minimind_v.core.train.forecast import plan as forecast
 
     run, _ = with_batch_size(resolved)
@@ -41,9 +41,7 @@ def plan(
         return
     if report["warning"]:
         terminal.warn(report["warning"])
-    labels = {"updates": "steps", "samples": "samples", "tokens": "tokens", "supervised_tokens": "supervised tokens",
-              "seconds": "seconds", "memory_bytes": "memory", "disk_bytes": "disk", "cost": "cost"}  # fmt: skip
-    values = {label: shown(key, report[key]) for key, label in labels.items()}
+    values = {label: shown(key, report[key]) for key, label in LABELS.items()}
     terminal.table(
         {label: value for label, value in values.items() if value != "–"}
         | {"learning rate": "from {:.2g} down to {:.2g}".format(*report["learning_rate"]), "how": report["how"]}

@@ -55,7 +55,8 @@ class Terminal:
         self._wraps = wraps
         style: dict[str, Any] = {"highlight": False, "soft_wrap": True} | ({"color_system": None} if plain else {})
         self.out = Console(**style)
-        self.err = Console(stderr=True, quiet=self.verbosity is Verbosity.quiet, **style)
+        self._loud = Console(stderr=True, **style)  # also with --quiet
+        self.err = Console(stderr=True, quiet=True, **style) if self.verbosity is Verbosity.quiet else self._loud
 
     def say(self, message: str) -> None:
         """Write a message about the progress of a command."""
@@ -78,13 +79,14 @@ class Terminal:
         if self.verbosity is Verbosity.detail:
             self.err.print(Text(message, "dim"))
 
-    def warn(self, message: str) -> None:
-        self.err.print(f"[yellow]{escape(self._lines(readable(message)))}[/yellow]")
+    def warn(self, message: str, always: bool = False) -> None:
+        """Write a warning; `always`, since a result is lost, also where --quiet is given."""
+        console = self._loud if always and self.err.quiet else self.err
+        console.print(f"[yellow]{escape(self._lines(readable(message)))}[/yellow]")
 
     def fail(self, message: str) -> None:
         """Write an error, also where --quiet is given."""
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"[bold red]error:[/bold red] {escape(readable(message))}")
+        self._loud.print(f"[bold red]error:[/bold red] {escape(readable(message))}")
 
     def result(self, text: str, end: str = "\n") -> None:
         """Write a result to stdout, unchanged."""

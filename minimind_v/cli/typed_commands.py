@@ -46,7 +46,7 @@ def run(conversation: Conversation) -> None:
         except KeyboardInterrupt:
             conversation.terminal.result("")
         except MmvError as error:
-            conversation.terminal.warn(str(error))
+            conversation.terminal.warn(str(error), always=True)
 
 
 def take(conversation: Conversation, line: str) -> None:

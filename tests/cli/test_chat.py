@@ -212,6 +212,13 @@ def test_each_image_of_a_folder_gets_the_answer_that_it_gets_alone(ask, folder):
     assert "images 10/10" in ended.err
 
 
+def test_quiet_does_not_hide_that_an_image_got_no_answer(ask, folder):
+    ended = ask(QUESTION, "--image", folder / "[34].jpg", "--greedy", "--quiet", code=1)
+    assert ended.out.startswith(f"{folder / '4.jpg'}: ")
+    assert ended.err.startswith(f"{folder / '3.jpg'}: ")
+    assert ended.err.count("\n") == 1
+
+
 def test_a_pattern_chooses_images_and_names_stand_before_the_answers(ask, folder):
     ended = ask(QUESTION, "--image", folder / "[0-2].jpg", "--greedy")
     alone = [ask(QUESTION, "--image", folder / f"{number}.jpg", "--greedy").out for number in range(3)]

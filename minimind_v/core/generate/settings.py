@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
 from minimind_v.core.errors import UsageError
+from minimind_v.core.rows.row import IMAGE_MARK
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Sampling:
             raise UsageError(f"min_p must be at least 0 and at most 1, not {self.min_p:g}")
         if not 0 < self.repetition_penalty < float("inf"):
             raise UsageError(f"repetition_penalty must be above 0, not {self.repetition_penalty:g}")
+
+
+def check_system(system: str | None) -> None:
+    """Raises UsageError for a system prompt with an image mark."""
+    if system is not None and IMAGE_MARK in system:
+        raise UsageError(f"{IMAGE_MARK} in the system prompt: only a question has images")
 
 
 GREEDY = Sampling(temperature=0.0)

@@ -22,6 +22,7 @@ from minimind_v.core.wording import chance, plural
 PAGE = "report.html"  # in the folder of an evaluation
 Figure = Mapping[str, Any]  # an entry of a report: value, ci_low, ci_high …
 LONGEST, SHORT = 300, 60  # characters of a text on a card, and of a name in a figure
+ACROSS = 24  # characters of the heads of a table, beyond which they stand upright
 LABELS = 6  # below a histogram, without the last
 SKIPPED = 5  # that are listed
 ALIKE = 0.9  # the share of equal answers from which the page says that they are
@@ -163,11 +164,12 @@ def _confusion(report: Figure) -> str:
         for row_number, (label, row) in enumerate(zip(labels, counts, strict=True))
         if any(row)
     )
+    down = " down" if sum(len(labels[number]) for number in columns) > ACROSS else ""
     n, most = sum(map(sum, counts)), max(map(sum, counts[:-1]))
     baseline = f"Always answering {_label(labels[0])} would agree in {most / n:.0%} of {plural(n, 'question')}."
     return section(
         "Which answers are taken for which",
-        f'<div class="wide"><table class="confusion"><tr><th>truth ↓ answer →</th>{head}<th>all</th>'
+        f'<div class="wide"><table class="confusion{down}"><tr><th>truth ↓ answer →</th>{head}<th>all</th>'
         f"</tr>{rows}</table></div><p>A row has the questions of one true answer (of several, the most frequent one), "
         f"and its right answers in the framed cell. {baseline}</p>",
     )
@@ -180,7 +182,7 @@ def _cell(row: Sequence[int], row_number: int, column: int, labels: Sequence[str
 
 
 def _label(label: str) -> str:
-    return safe(shorten(label, SHORT)) if label.strip() else "(nothing)"
+    return f"<bdi>{safe(shorten(label, SHORT))}</bdi>" if label.strip() else "(nothing)"
 
 
 def _calibration(report: Figure) -> str:

@@ -284,7 +284,7 @@ class Run:
         try:
             scores = self.evaluator(step, lambda: self.world.size == 1 and self.stop.signal is not None)
         except MmvError as error:
-            self.listener.warning(f"step {step}: not evaluated: {error}")
+            self.listener.lost(f"step {step}: not evaluated: {error}")
         else:
             if scores is not None:
                 best = self.evaluator.best_of(scores)
