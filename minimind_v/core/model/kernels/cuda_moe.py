@@ -69,7 +69,9 @@ class GroupedExperts(MoEFeedForward):
                 yield weights
 
 
-@torch.library.custom_op("minimind_v::stacked", mutates_args=(), schema="(Tensor[] weights, ScalarType dtype) -> Tensor")
+@torch.library.custom_op(
+    "minimind_v::stacked", mutates_args=(), schema="(Tensor[] weights, ScalarType dtype) -> Tensor"
+)
 def stacked(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Weights [out, in] as one new tensor [E, out, in] of this type: by one kernel where they lie behind another.
 
