@@ -7,10 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.nn.functional as F
 
 from benchmarks.gpu import report
 from benchmarks.gpu.__main__ import BOTH, PARTS, RUNS, Part, TooLong, do, limit
 from benchmarks.gpu.card import Card
+from benchmarks.gpu.operators import count
+from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.errors import RunError
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +120,18 @@ def test_the_page_of_two_runs_says_what_neither_had_time_for():
     assert "Left out for time: c." in report.markdown(whole)
     with pytest.raises(RunError, match="card is C, and D"):
         report.together([gpu, more | {"card": "D"}])
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped products")
+def test_operators_of_an_update_are_counted_in_the_code_of_a_gpu():
+    counts = count("moe", "all")
+    layers = PRESETS["moe"].num_hidden_layers
+    assert counts["stacked"] == 3 * layers
+    assert counts["_grouped_mm"] == 9 * layers, "three products, each with two gradients"
+    assert counts["rms_norm"] == counts["rms_norm_backward"] == 2 * layers + 1
+    assert not {"bincount", "index_put"} & set(+counts), "what waits or sorts"
+    assert counts.total() < 2000
 
 
 def test_a_failed_check_is_reported_and_no_ratio_is_printed_without_agreement():
