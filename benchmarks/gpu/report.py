@@ -52,7 +52,8 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"Measured by `make gpu` on **{card}**, {report['date']}, torch {report['torch']}, in "
         f"{report['seconds']:.0f} s. Predictions were written down before the first run, as arithmetic for an H100. "
-        "A ratio is printed only where the losses of both sides agree; every figure is of this card alone.",
+        "A ratio is printed only where the losses of both sides agree; every figure is of this card alone. "
+        "What is newer than this run is named under *not measured yet* in the notes at the end.",
         "",
     ]
     failed = [f"{part}: {name}" for part, result in parts.items() for name, right in _checks(result) if not right]

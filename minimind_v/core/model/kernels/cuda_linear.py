@@ -39,8 +39,8 @@ def keep_cast(
     if name not in kept or kept[name][0] != state:
         with torch.inference_mode(False), torch.no_grad():  # a backward pass may need it too
             kept[name] = state, cast()
-    made: Cast = kept[name][1]
-    return made
+    result: Cast = kept[name][1]
+    return result
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:
