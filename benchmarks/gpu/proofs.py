@@ -26,7 +26,7 @@ from benchmarks.gpu.runs import StepListener, configure, make_run
 from minimind_v.core.cuda_graph import EAGER, WAITED
 from minimind_v.core.model import ops
 from minimind_v.core.model.kernels import cuda_moe
-from minimind_v.core.model.kernels.accelerate import accelerate, plain
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.moe import MoEFeedForward
 from minimind_v.core.monitor.metrics import StepMetrics
 from minimind_v.core.train.batch_size import find_batch_size
@@ -279,7 +279,7 @@ def automatic_batch(card: Card, result: Result) -> None:
 
 
 def experts(card: Card, result: Result) -> None:
-    """Experts by one grouped product, by a loop, and in fp32; one of them has no token."""
+    """Experts in fp32, by a loop, and by one product, stored together or not; one of them has no token."""
     config = card.text("moe")
     torch.manual_seed(0)
     layer = MoEFeedForward(config).to(card.device).train()
@@ -299,13 +299,11 @@ def experts(card: Card, result: Result) -> None:
 
     layer.gate.forward = choose_in_fp32
 
-    def once(kind: str) -> tuple[Tensor, dict[str, Tensor], int]:
+    def once(half: bool = True) -> tuple[Tensor, dict[str, Tensor], int]:
         layer.zero_grad(set_to_none=True)
         given = x.clone().requires_grad_()
         caught: list[warnings.WarningMessage] = []
-        lower = torch.autocast(card.device.type, torch.bfloat16, enabled=kind != "fp32")
-        accelerate(layer, card.device) if kind == "grouped" else plain(layer)
-        with lower, _warnings_into(caught):
+        with torch.autocast(card.device.type, torch.bfloat16, enabled=half), _warnings_into(caught):
             _watch_waits(card, "warn")
             out, aux = layer(given, None)
             loss = out.float().square().mean() + aux
@@ -315,16 +313,21 @@ def experts(card: Card, result: Result) -> None:
         count = sum(WAITED in str(item.message) for item in caught)
         return out.detach(), gradients | {"x": given.grad}, count
 
-    truth, truth_gradients, _ = once("fp32")
-    result["checks"] = {}
-    for kind in ("loop", "grouped"):
-        once(kind)
-        out, gradients, count = once(kind)
+    truth, truth_gradients, _ = once(half=False)
+    result["checks"], outputs = {}, {}
+    for kind in ("loop", "grouped, stored apart", "grouped"):
+        if kind != "loop":
+            accelerate(layer, torch.device("cuda"))
+        if kind == "grouped, stored apart":
+            layer.unstack()
+        once()
+        out, gradients, count = once()
+        outputs[kind] = out
         moved = {name for name, gradient in truth_gradients.items() if float(gradient.abs().max()) > 0}
         worst = max(close(gradients[name], truth_gradients[name]) for name in moved)
         idle = [name for name in gradients if name.startswith(f"experts.{config.n_routed_experts - 1}.")]
         nothing = all(float(gradients[name].abs().max()) == 0 for name in idle)
-        taken = card.seconds(lambda kind=kind: once(kind), 20)
+        taken = card.seconds(once, 20)
         result[kind] = {
             "output": close(out, truth), "gradients": worst, "waits": count, "ms": round(taken * 1e3, 3),
             "idle expert": "no gradient" if not idle else "zero" if nothing else "not zero",
@@ -332,5 +335,7 @@ def experts(card: Card, result: Result) -> None:
         result["checks"][f"{kind}: output within 2 %"] = close(out, truth) < 0.02
         result["checks"][f"{kind}: gradients within 5 %"] = worst < 0.05
         result["checks"][f"{kind}: an expert without tokens learns nothing"] = nothing
+    same = torch.equal(outputs["grouped"], outputs["grouped, stored apart"])
+    result["checks"]["experts that are stored together: the bits of those apart"] = same
     if card.cuda and cuda_moe.is_grouped(torch.zeros(8, 8, device=card.device, dtype=torch.bfloat16), 8):
         result["checks"]["the grouped product waits for nothing"] = result["grouped"]["waits"] == 0

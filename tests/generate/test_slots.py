@@ -42,6 +42,7 @@ class Tape(TorchDispatchMode):
         name = func.overloadpacket.__name__
         assert name not in WAITING, f"{name} waits for the GPU: it cannot be recorded"
         result = func(*args, **(kwargs or {}))
+        assert not any(leaf.is_complex() for leaf in pytree.tree_leaves(result)), "rotations are of real numbers"
         self.calls.append((func, args, kwargs or {}, result))
         return result
 

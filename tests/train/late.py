@@ -120,7 +120,10 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 class Tape(TorchDispatchMode):
-    """Notes torch's operators and repeats them on the same tensors, as a CUDA graph does."""
+    """Notes torch's operators and repeats them on the same tensors, as a CUDA graph does.
+
+    No number is complex: rotations of real ones are what a compiler turns into few kernels.
+    """
 
     def __init__(self):
         super().__init__()
@@ -128,6 +131,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        assert not any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in pytree.tree_leaves(result))
         self.calls.append((func, args, kwargs or {}, result))
         return result
 

@@ -132,9 +132,13 @@ def test_weights_are_cast_anew_at_each_replay(tmp_path, warnings):
     assert not warnings
 
 
-def test_micro_batches_of_several_shapes_with_and_without_images(tmp_path, warnings):
+@pytest.mark.parametrize(
+    "kind", ["small", *(pytest.param(kind, marks=pytest.mark.long) for kind in MODELS if kind != "small")]
+)
+def test_micro_batches_of_several_shapes_with_and_without_images(kind, tmp_path, warnings, monkeypatch):
     """A step without an image leaves the projector and its moments as they are."""
-    eager, recorded = pair(tmp_path)
+    group_experts(monkeypatch)
+    eager, recorded = pair(tmp_path, kind)
     tapes = record_steps(recorded, warnings.append)
     wide = [make_batch([50, 40], [1, 0], [9, 2]) for _ in range(30)]
     images, text = shapes(30), shapes(30, text=True)
@@ -159,14 +163,18 @@ def test_any_mix_of_rows_and_images_needs_few_recordings(tmp_path, warnings):
     assert len(keys) <= len(lengths) * len(counts)
 
 
-def test_padding_and_replaying_ask_a_gpu_nothing(tmp_path, warnings):
-    train_step = make_step(tmp_path)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_padding_and_replaying_ask_a_gpu_nothing(kind, policy, tmp_path, warnings, monkeypatch):
+    group_experts(monkeypatch)
+    train_step = make_step(tmp_path, kind, POLICIES[policy])
     tapes = record_steps(train_step, warnings.append)
-    for n, batch in enumerate(shapes(EAGER + 6)):
-        supervised = batch.supervised
-        with nullcontext() if n in (EAGER - 1, EAGER) else no_waits():  # where it is recorded, and compared
-            train_step([batch], supervised, 2, 1e-3)
-    assert tapes.replayed == 12
+    for n, batches in enumerate(zip(shapes(EAGER + 4), shapes(EAGER + 4, text=True), strict=True)):
+        for batch in batches:
+            supervised = batch.supervised
+            with nullcontext() if n in (EAGER - 1, EAGER) else no_waits():  # where it is recorded, and compared
+                train_step([batch], supervised, 2, 1e-3)
+    assert (tapes.made, tapes.replayed) == (4, 16), "the passes and the update, with images and without"
     assert not warnings
 
 
@@ -180,17 +188,29 @@ def test_images_that_are_encoded_for_a_step(tmp_path, warnings):
     assert not warnings
 
 
-def test_a_bad_step_is_skipped_by_a_recording_too(tmp_path, warnings):
+@pytest.mark.parametrize("spoiled", ["loss", "gradient"])
+def test_a_bad_step_is_skipped_by_a_recording_too(spoiled, tmp_path, warnings):
     train_step = make_step(tmp_path)
     tapes, batches = record_steps(train_step, warnings.append), shapes(EAGER + 8)
-    bad = {3, EAGER, EAGER + 3}  # among them the first replay, which proves nothing
-    for n in bad:
-        batches[n].image_features[0] = math.nan
+    bad = {0, 3, EAGER, EAGER + 3, EAGER + 4, EAGER + 7}  # among them the first replay, which proves nothing
+    adamw = train_step.graphs._adamw
+
+    def spoil(reached):
+        train_step.graphs._gradients[0][0] = math.inf
+        return adamw(reached)
+
     for n, batch in enumerate(batches):
+        if n in bad and spoiled == "loss":
+            batch.image_features[0] = math.nan
+        train_step.graphs._adamw = spoil if n in bad and spoiled == "gradient" else adamw
         before = tensors_of(train_step)
         [result] = train(train_step, [[batch]])
         assert result.finite == (n not in bad)
-        assert same(before, tensors_of(train_step)) == (n in bad)
+        assert math.isfinite(result.loss) == (n not in bad or spoiled == "gradient")
+        after = tensors_of(train_step)
+        moments = [after.pop(name) for name in after.keys() - before.keys()]  # which the first step makes
+        assert same(before, after) == (n in bad)
+        assert n not in bad or not any(moment.any() for moment in moments)
     assert tapes.replayed > 2
     assert not warnings
 
