@@ -231,7 +231,7 @@ def test_again_answers_the_latest_question_only(talk, tiny_data):
     assert "in the conversation: " in talk.type("/image")
     assert "each time" not in talk.type("/params temperature 5")
     talk.type("/params top_p 1")
-    assert second not in {talk.type("/again") for _ in range(3)}
+    assert {talk.type("/again") for _ in range(3)} != {second}  # one draw may be the same by chance
     assert first
 
 
