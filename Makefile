@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 
+# Whatever an environment says: the tests start hundreds of processes, each of which would compile again what it imports.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: setup demo test test-long lint format reference bench gpu soak soak-serve fuzz interop demo-assets clean
 
 setup: $(READY)
