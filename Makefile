@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 
+# Whatever an environment says: the tests start hundreds of processes, each of which would compile again what it imports.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: setup demo test test-long lint format reference bench gpu gpu-more soak soak-serve fuzz interop demo-assets clean
 
 setup: $(READY)
@@ -28,9 +31,10 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long' --numprocesses auto --dist worksteal
 
 # The others: real kills, several processes, the demo and the README from end to end. The tests of a file stay together,
-# since they share what it trains.
+# since they share what it trains; not those with most tests first, but in their order, in which the last ones are short.
 test-long: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --numprocesses auto --dist loadfile --timeout=900
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --numprocesses auto --dist loadfile --no-loadscope-reorder \
+		--timeout=900
 
 lint: $(DEV)
 	$(BIN)/ruff check .

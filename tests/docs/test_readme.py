@@ -45,7 +45,7 @@ def working_folder(tmp_path_factory):
     shutil.copy(ASSETS / "tokenizer.json", folder / "demo" / TOKENIZER_DIR)
     write_pictures(folder / "demo" / "pictures", random.Random(4), set())
     blank_weights(folder / "demo" / "out" / "sft_vlm_128.pth", "demo", projector=True)
-    sft, _ = write_sft(folder / "mine", random.Random(2), 5)
+    sft, _ = write_sft(folder / "mine", random.Random(2), 3)
     rows = [row | {"conversations": row["conversations"][:2]} for row in read_rows(sft.data)]  # soon learnt by heart
     for name in ("mine.jsonl", "held_out.jsonl"):
         write_rows(folder / name, rows)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import unwrap
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,23 @@ class PendingStep:
         return StepResult(loss if self._world.size > 1 else float(sum(losses)), grad_norm, int(correct), losses)
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, with its fused form where that was tried.
+
+    torch keeps its compiler out of these methods by wrappers that import that compiler, for a second at the start of
+    each run. Nothing compiles them here.
+    """
+
+    add_param_group = unwrap(torch.optim.AdamW.add_param_group)
+    state_dict = unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = unwrap(torch.optim.AdamW.load_state_dict)
+    zero_grad = unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+    def __init__(self, weights: Iterable[Tensor], lr: float, device: torch.device, weight_decay: float = 0.01) -> None:
+        super().__init__(weights, lr, weight_decay=weight_decay, fused=has_fused_adamw(device))
+
+
 class TrainStep:
     """A model with its optimiser; a call is one step."""
 
@@ -79,8 +97,7 @@ class TrainStep:
         self.divisible = not model.config.balances_batches
         # A GPU decides itself whether a step counts, so that its numbers can be read when it has the next one.
         self.late = model.device.type == "cuda"
-        fused = has_fused_adamw(model.device)
-        self.optimiser = torch.optim.AdamW(self.trainable, config.lr, weight_decay=config.weight_decay, fused=fused)
+        self.optimiser = AdamW(self.trainable, config.lr, model.device, config.weight_decay)
         world.share_weights(model)
         self.graphs = StepGraphs(config, model, self.optimiser, record_cuda, warn, world) if self.late else None
         several = world.size > 1 and not self.graphs

@@ -15,7 +15,7 @@ from minimind_v.core.config.generation import V2025, V2026
 from minimind_v.core.config.schema import CLIP_VISION, SIGLIP_VISION, RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
-from minimind_v.core.device import has_fused_adamw, wait_for
+from minimind_v.core.device import wait_for
 from minimind_v.core.formats.vision_tower import load_encoder
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE
@@ -23,7 +23,7 @@ from minimind_v.core.model.loss import supervised as supervised_of
 from minimind_v.core.model.vision.encoder import VisionEncoder, read_vision_spec
 from minimind_v.core.model.vision.spec import read_tower_config
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.train.step import TrainStep
+from minimind_v.core.train.step import AdamW, TrainStep
 
 PROBE = 2**22  # numbers that AdamW is measured with
 
@@ -95,7 +95,7 @@ class Trial:
         """Seconds of AdamW for all trainable numbers, which take the same time each."""
         probe = torch.zeros(min(self.trainable, PROBE), device=self.device, requires_grad=True)
         probe.grad = torch.zeros_like(probe)
-        optimiser = torch.optim.AdamW([probe], lr=0.0, fused=has_fused_adamw(self.device))
+        optimiser = AdamW([probe], 0.0, self.device)
         optimiser.step()  # makes its state
         return seconds(self.device, optimiser.step) * self.trainable / len(probe)
 
