@@ -152,7 +152,7 @@ def test_an_opened_image_is_turned_upright_as_its_file_is(m, tmp_path):
         (np.zeros((0, 9, 3), np.uint8), "not an image"),
         (torch.zeros(3, 9, 9), "not an image: Tensor"),
         (7, "not an image: int"),
-        (b"no picture", "not a picture"),
+        (b"no picture", "not an image"),
         ("pictures/moon.jpg", "no image file at pictures/moon.jpg"),
     ],
     ids=str,
@@ -161,6 +161,13 @@ def test_what_is_no_image_is_refused_in_one_line(m, image, message):
     with pytest.raises(mmv.MmvError, match=message) as raised:
         m.ask(QUESTION, image)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("question", ["", " \n"], ids=repr)
+def test_an_empty_question_is_refused_before_its_image_is_read(m, question):
+    for ask in (m.ask, m.look, m.processor, m.chat().ask, lambda *given: list(m.stream(*given))):
+        with pytest.raises(mmv.MmvError, match="the question is empty"):
+            ask(question, "pictures/moon.jpg")
 
 
 def test_images_and_texts_must_fit_each_other(m):
