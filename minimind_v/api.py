@@ -127,7 +127,8 @@ class LoadedVLM:
         `images` is one image or a list: paths, bytes, PIL images, arrays [H, W, 3] of uint8 or of floats from 0 to 1.
         Temperature 0 takes the likeliest token each time; above 0, tokens are drawn from the likeliest that together
         have the probability `top_p`, and a seed makes the draw repeatable.
-        Raises UsageError, MissingInput or RowError where an image cannot be read or does not fit the question.
+        Raises UsageError for an empty question, or UsageError, MissingInput or RowError where an image cannot be read
+        or does not fit the question.
 
         >>> m = mmv.load("out/sft_vlm_128.pth")
         >>> answer = m.ask("What colour is the star?", "pictures/star.jpg", max_new_tokens=8)
@@ -181,7 +182,8 @@ class LoadedVLM:
         `tokens` with `probability`, `bits`, `bits_blank` and `rivals`; `attention` float32 [T, L, H, P] of L layers and
         H heads, `rollout` [T, P], `patches` with `nearest` words and `layers`, `variants`, and `occlusion` [T, P] or
         None; `as_json()` is what `mmv look --json` prints.
-        Raises UsageError, MissingInput or RowError where an image cannot be read or does not fit the question.
+        Raises UsageError for an empty question, or UsageError, MissingInput or RowError where an image cannot be read
+        or does not fit the question.
 
         >>> m = mmv.load("out/sft_vlm_128.pth")
         >>> trace = m.look("What colour is the star?", "pictures/star.jpg", max_new_tokens=8)

@@ -160,7 +160,7 @@ def test_an_opened_image_is_turned_upright_as_its_file_is(m, tmp_path):
         (Image.new("RGB", (0, 5)), "0×5 pixels"),
         (7, "not an image: int"),
         ("", "the name of an image is empty"),
-        (b"no picture", "not a picture"),
+        (b"no picture", "not an image"),
         ("pictures/moon.jpg", "no image file at pictures/moon.jpg"),
     ],
 )
@@ -203,6 +203,13 @@ def test_a_value_of_a_wrong_type_is_named(m, call, message):
 def test_numbers_of_numpy_are_numbers(m):
     settings = {"temperature": np.float32(1), "seed": np.int64(3), "max_new_tokens": np.int32(2)}
     assert m.ask(QUESTION, **settings) == m.ask(QUESTION, temperature=1, seed=3, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("question", ["", " \n"], ids=repr)
+def test_an_empty_question_is_refused_before_its_image_is_read(m, question):
+    for ask in (m.ask, m.look, m.processor, m.chat().ask, lambda *given: list(m.stream(*given))):
+        with pytest.raises(mmv.MmvError, match="the question is empty"):
+            ask(question, "pictures/moon.jpg")
 
 
 def test_images_and_texts_must_fit_each_other(m):

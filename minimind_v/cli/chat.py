@@ -170,7 +170,7 @@ def _read(texts: Sequence[str], prompt: str | None) -> tuple[ImageNames, list[Pi
 
     Raises UsageError or MissingInput.
     """
-    from minimind_v.core.data.picture_names import check_marks, pictures_in, read_pictures
+    from minimind_v.core.data.picture_names import check_question, pictures_in, read_pictures
 
     images = named(texts)
     is_batch = images.each and prompt is not None
@@ -182,7 +182,7 @@ def _read(texts: Sequence[str], prompt: str | None) -> tuple[ImageNames, list[Pi
         command = shlex.join(["mmv", "chat", *options, "What is in the image?"])
         raise UsageError(f"{prompt!r} is an image file, not a question — {command}")
     if prompt is not None:
-        check_marks(prompt, 1 if is_batch else len(pictures))
+        check_question(prompt, 1 if is_batch else len(pictures))
     return images, pictures
 
 
@@ -225,7 +225,7 @@ def _each(
     prompts = [_opener(engine, name, prompt, limit, think, system) for name in names]
     code = 0
     with contextlib.ExitStack() as stack:
-        progress = None if sys.stdout.isatty() else stack.enter_context(terminal.progress("images"))
+        progress = None if _is_one_stream() else stack.enter_context(terminal.progress("images"))
         for number, answer in enumerate(answer_each(engine, prompts, sampling, limit)):
             name, error = names[number], answer.error
             if error is not None:
@@ -244,6 +244,14 @@ def _each(
             if progress:
                 progress(number + 1, len(names))
     return code
+
+
+def _is_one_stream() -> bool:
+    """Whether stdout and stderr are the same terminal, pipe or file: there answers show the progress themselves."""
+    try:
+        return sys.stdout.isatty() or os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+    except (OSError, ValueError):  # a stream that is no file
+        return False
 
 
 def _opener(

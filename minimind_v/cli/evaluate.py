@@ -244,7 +244,8 @@ def _show_report(terminal: Terminal, report: dict[str, Any]) -> None:
     from minimind_v.core.curate.token_text import visible
     from minimind_v.core.evaluate.results import most_frequent_kinds
 
-    lines = {key: report[key] for key in ("model", "data", "task", "rows", "pictures", "skipped")}
+    lines = {key: report[key] for key in ("model", "data", "task", "rows")}
+    lines |= {"images": report["pictures"], "skipped": report["skipped"]}
     gains = {variant: gain for variant, gain in report["visual_gain"].items() if gain["value"] is not None}
     for variant, gain in gains.items():
         value = report["variants"][variant]

@@ -94,7 +94,7 @@ def _check(
     arguments: Sequence[str], swap: Sequence[str], html: Path | None, model: Path | None
 ) -> tuple[list[str], str]:
     """The names of the images, and the question. Raises UsageError before anything is read."""
-    from minimind_v.core.data.picture_names import check_marks, pictures_in
+    from minimind_v.core.data.picture_names import check_question, pictures_in
     from minimind_v.core.outputs import keep_inputs
     from minimind_v.core.pages.frame import check_page
 
@@ -112,7 +112,7 @@ def _check(
     if begin:
         command = shlex.join(["mmv", "look", *names[:begin], " ".join([*names[begin:], question])])
         raise UsageError(f"put the question in quotes: {command}")
-    check_marks(question, len(names))
+    check_question(question, len(names))
     if swap and len(swap) != len(names):
         raise UsageError(f"{len(swap)} images for --swap and {len(names)} of the question — give one for each")
     if html:

@@ -84,9 +84,11 @@ class Terminal:
         console = self._loud if always and self.err.quiet else self.err
         console.print(f"[yellow]{escape(self._lines(readable(message)))}[/yellow]")
 
-    def fail(self, message: str) -> None:
-        """Write an error, also where --quiet is given."""
+    def fail(self, message: str, *items: str) -> None:
+        """Write an error, with each item on a line below it, also where --quiet is given."""
         self._loud.print(f"[bold red]error:[/bold red] {escape(readable(message))}")
+        for item in items:
+            self._loud.print(f"  {escape(readable(item))}")
 
     def result(self, text: str, end: str = "\n") -> None:
         """Write a result to stdout, unchanged."""
@@ -146,8 +148,7 @@ class ProgressLine:
         self.what = what
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._tenth = 0  # the last reported one
-        self._then = (time.monotonic(), 0)  # when it was reported, and what was done
+        self._restart()
 
     def __enter__(self) -> ProgressLine:
         if self.terminal.is_live:
@@ -162,6 +163,18 @@ class ProgressLine:
     def __exit__(self, *error: object) -> None:
         if self._bar:
             self._bar.stop()
+
+    def _restart(self) -> None:
+        self._tenth = 0  # the last reported one
+        self._then = (time.monotonic(), 0)  # when it was reported, and what was done
+
+    def begin(self, what: str) -> ProgressLine:
+        """Begin the next stage of the work, which is counted from 0."""
+        self.what = what
+        self._restart()
+        if self._bar:
+            self._bar.reset(self._task, total=None, description=what)
+        return self
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         if self._bar:
@@ -266,7 +279,7 @@ def run_app(app: Any) -> None:
                 raise
             message, code = _describe(error)
             if not report_to_launcher(message, error):
-                Terminal().fail(message)
+                Terminal().fail(*(error.lines if isinstance(error, MmvError) else [message]))
             sys.exit(code)
 
 

@@ -2,11 +2,14 @@
 
 import base64
 import json
+import os
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
 
+from minimind_v.cli import chat
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
@@ -227,6 +230,19 @@ def test_a_pattern_chooses_images_and_names_stand_before_the_answers(ask, folder
     assert mixed == f"{folder / '5.jpg'}: {alone[2]}" + ended.out
 
 
+def test_progress_stays_away_from_answers_in_one_stream(ask, folder, tmp_path, monkeypatch):
+    with open(tmp_path / "both", "w") as stdout, open(os.dup(stdout.fileno()), "w") as stderr:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert chat._is_one_stream()
+        with open(tmp_path / "other", "w") as other:
+            monkeypatch.setattr(sys, "stderr", other)
+            assert not chat._is_one_stream()
+    monkeypatch.undo()
+    monkeypatch.setattr(chat, "_is_one_stream", lambda: True)
+    assert "images" not in ask(QUESTION, "--image", folder / "[0-2].jpg", "--greedy").err
+
+
 def test_a_folder_takes_a_question_with_one_mark_only(ask, folder):
     assert "2 <image> marks for 1 image" in ask("<image><image>?", "--image", folder, code=2).error
     ended = ask("Is <image> big?", "--image", folder / "[01].jpg", "--greedy")
@@ -272,13 +288,14 @@ def test_a_question_is_needed(ask):
         assert "Traceback" not in ended.err
 
 
+@pytest.mark.parametrize("args", [[""], ["", "--json"], [" ", "--image"]], ids=str)
+def test_an_empty_question_is_refused(ask, args, folder):
+    assert ask(*args, *([folder] if "--image" in args else []), code=2).error.startswith("the question is empty")
+
+
 def test_a_question_that_is_no_text_is_reported(ask):
     assert ask(code=2, stdin=b"\xff\xfe\x00\x01").error == "the question on stdin is not UTF-8 text"
     assert ask("What is \udcff?", code=1).error
-
-
-def test_an_empty_question_is_still_a_question(ask):
-    assert ask("", "--greedy", "--json").json["prompt"] == ""
 
 
 @pytest.mark.parametrize(

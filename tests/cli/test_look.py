@@ -152,6 +152,7 @@ def test_an_empty_answer_is_refused(sighted, tiny_data):
     [
         (["dog.jpg"], "an image and a question are needed — mmv look dog.jpg 'What is this?'"),
         (["dog.jpg", "What", "is", "this?"], "put the question in quotes: mmv look dog.jpg 'What is this?'"),
+        (["dog.jpg", " "], "the question is empty"),
         (["dog.jpg", "cat.png"], "the last argument is an image file, not a question"),
         (["dog.jpg", "What?", "--swap", "a.jpg", "--swap", "b.jpg"], "2 images for --swap and 1 of the question"),
         (["dog.jpg", "<image><image> What?"], "2 <image> marks for 1 image"),

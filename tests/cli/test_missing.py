@@ -9,7 +9,7 @@ import pytest
 from tests.cli.harness import ASSETS, BASE, in_forks, installed, run_mmv, tree
 
 EYE, WORDS, ROWS = "mmv download clip", "mmv download tokenizer", "mmv download dataset"
-PICTURES, TRAINED = "no picture files at", "no trained weights in out"
+PICTURES, TRAINED = "no image files at", "no trained weights in out"
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,17 @@ def test_all_missing_inputs_are_reported_at_once(line, missing, tmp_path, monkey
     assert ended.code == 1
     assert f"{len(missing)} inputs are missing: " in ended.error
     assert all(name in ended.error for name in missing), ended.error
+    assert len(ended.err.partition("error: ")[2].splitlines()) == 1 + len(missing)
     assert tree(tmp_path) == []
+
+
+def test_a_long_list_of_missing_inputs_ends_with_their_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = [word for number in range(30) for word in ("--image", f"{number}.jpg")]
+    lines = run_mmv("chat", "hello", *images, "--model", "m.pth").err.splitlines()
+    assert len(lines) == 22
+    assert (lines[0], lines[1]) == ("error: 33 inputs are missing:", "  no image file at 0.jpg")
+    assert lines[-1] == "  and 13 more"
 
 
 def test_what_is_there_is_not_missed(tmp_path, monkeypatch, tiny_data, sighted):

@@ -251,7 +251,7 @@ def test_empty_data_is_reported(refused, tmp_path, content):
 def test_pictures_of_other_data_are_reported(tiny_data, tmp_path):
     ended = run_mmv(*tiny_data.train(tmp_path / "out", data=tiny_data.data("sft"), images=tmp_path))
     assert ended.code == 1
-    assert f"no such picture in {tmp_path}" in ended.error
+    assert f"no such image in {tmp_path}" in ended.error
     assert not list(tmp_path.rglob("*.pth"))
 
 
@@ -324,7 +324,7 @@ def test_rows_whose_pictures_are_not_read_are_named_and_counted_in_a_mixture(tin
     assert ended.code == 0, ended.err
     assert f"row skipped: {data}:4: images or videos in `video` are not supported" in ended.err
     assert f"row skipped: {data}:21: '<img>a.jpg</img>' in its text is not supported" in ended.err
-    assert "2 broken rows skipped (2 pictures not read)" in ended.err
+    assert "2 broken rows skipped (2 images not read)" in ended.err
     refused = run_mmv(*line, "--overwrite")
     assert refused.code == 1
     assert "of 40 rows are broken, more than 1%" in refused.error

@@ -15,6 +15,7 @@ from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.curate.convert import convert
 from minimind_v.core.demo import world
 from minimind_v.core.demo.dataset import write_pictures, write_pretrain, write_sft
+from minimind_v.core.errors import RowError
 from minimind_v.core.formats.checkpoint import export_tensors, write_checkpoint
 from minimind_v.core.hub.sources import SOURCES
 from minimind_v.core.model.vision.encoder import read_vision_spec
@@ -90,6 +91,17 @@ def test_every_mmv_command_runs_as_it_stands(working_folder, hub, monkeypatch):
     assert (working_folder / "out" / "sft_vlm_512.safetensors").is_file()
     assert (working_folder / "mine" / "sft_vlm_512.pth").is_file()
     assert (working_folder / "few" / "sft_vlm_512.pth").is_file()
+
+
+@pytest.mark.parametrize("page", [ENGLISH, CHINESE], ids=["English", "Chinese"])
+def test_the_message_about_a_broken_row_is_that_of_the_program(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    write_rows(Path("mine.jsonl"), [{"image": "dog.jpg", "conversations": []}] * 17)
+    rows = open_rows(Path("mine.jsonl"), Path("pictures"))
+    with pytest.raises(RowError) as caught:
+        rows.picture(16, 0, "dog.jpg")
+    assert f"`{rows.location(16)}: {caught.value}`" in page
 
 
 def test_make_targets_exist():

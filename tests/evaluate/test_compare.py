@@ -53,6 +53,23 @@ def test_the_difference_is_b_less_a_on_the_questions_with_their_images(predictio
     assert report["changed"][0]["second"] == "a 1"
 
 
+def test_an_evaluation_that_is_compared_with_itself_is_named(predictions):
+    path, other = predictions("a", [0, 1]), predictions("b", [1, 0])
+    warning = f"the same evaluation is on both sides: {path}"
+    assert warning in run_mmv("compare", path, path.parent).err
+    assert warning in run_mmv("compare", path, other, "--", path, other).err
+    assert run_mmv("compare", path, other).err == ""
+
+
+def test_an_empty_answer_is_shown_as_such(predictions):
+    first, second = predictions("a", [0, 1], answer=""), predictions("b", [1, 1], answer="a cat")
+    ended = run_mmv("compare", first, second)
+    assert "→ cat: (empty) / a cat" in ended.out
+    assert "1 question changed the score" in ended.out
+    page = compare_page(compare([read_predictions(first)], [read_predictions(second)]), {})
+    assert "(empty)" in page
+
+
 def test_a_report_leads_to_its_predictions(predictions):
     path = predictions("a", [0, 1])
     for name, indent in (("report.json", 1), ("shown.json", None)):

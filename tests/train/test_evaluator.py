@@ -252,7 +252,7 @@ def test_images_that_are_missing_are_named_with_their_option_before_anything_is_
     alone = write_rows(tmp_path / "alone.jsonl", ["{", *read_rows(tiny_data().data("sft"))[:2]])
     ended = run_mmv(*line(tmp_path / "out", eval_data=alone))
     assert ended.code == 1
-    assert ended.error == f"{alone}: its rows name pictures — give their folder, zip or tar with --eval-images"
+    assert ended.error == f"{alone}: its rows name images — give their folder, zip or tar with --eval-images"
     assert not (tmp_path / "out").exists()
 
 

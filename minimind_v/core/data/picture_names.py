@@ -140,8 +140,10 @@ def pictures_in(text: str) -> list[str]:
     return names if names and (all(are_pictures) or ending) else []
 
 
-def check_marks(question: str, images: int) -> None:
-    """Raises UsageError if a question's marks differ in number from its images."""
+def check_question(question: str, images: int) -> None:
+    """Raises UsageError if a question is empty, or its marks differ in number from its images."""
+    if not question.strip():
+        raise UsageError("the question is empty — write what you ask, such as 'What is in the image?'")
     marks = question.count(IMAGE_MARK)
     if marks and marks != images:
         raise UsageError(f"the question has {plural(marks, f'{IMAGE_MARK} mark')} for {plural(images, 'image')}")

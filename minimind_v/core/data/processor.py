@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minimind_v.core.data.images import load_pixels, to_pixels
-from minimind_v.core.data.picture_names import Picture, check_marks, read_picture
+from minimind_v.core.data.picture_names import Picture, check_question, read_picture
 from minimind_v.core.data.prompt import IMAGE_MARK, PromptEncoder, Tokens
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError
@@ -43,7 +43,8 @@ class Processor:
         token of a row predict the first token of its answer.
 
         A question without `<image>` marks gets one for each image, in front.
-        Raises UsageError, MissingInput or RowError if images do not match the marks or cannot be read.
+        Raises UsageError for an empty question, or UsageError, MissingInput or RowError if images do not match the
+        marks or cannot be read.
 
         >>> processor = mmv.load("out/sft_vlm_128.pth").processor
         >>> inputs = processor("What is this?", "pictures/star.jpg")
@@ -62,10 +63,10 @@ class Processor:
         if not isinstance(text, str):
             raise UsageError(f"the question must be a text, not {type(text).__name__}")
         given = [] if images is None else images if isinstance(images, list | tuple) else [images]
+        check_question(text, len(given))
         pixels = [self.pixels(image) for image in given]
         if pixels and IMAGE_MARK not in text:
             text = f"{IMAGE_MARK}\n" * len(pixels) + text
-        check_marks(text, len(pixels))
         return text, pixels
 
     def pixels(self, image: Image) -> np.ndarray:

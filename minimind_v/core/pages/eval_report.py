@@ -17,7 +17,7 @@ from minimind_v.core.evaluate.tasks import TASKS
 from minimind_v.core.pages.frame import figures, page, write_page
 from minimind_v.core.pages.plot import COLOURS, HEIGHT, WIDTH, Interval, axis, chart, intervals, legend, number
 from minimind_v.core.rows.cells import data_uri
-from minimind_v.core.wording import chance, plural
+from minimind_v.core.wording import answer_text, chance, plural
 
 PAGE = "report.html"  # in the folder of an evaluation
 Figure = Mapping[str, Any]  # an entry of a report: value, ci_low, ci_high …
@@ -304,7 +304,7 @@ def _card(card: Card) -> dict[str, Any]:
             answers.append((name if line is card.blank else "own image", score, ""))
         else:
             sure = "" if line["confidence"] is None else f", {_percent(line['confidence'])} sure"
-            answers.append((name, line["answer"], score + sure))
+            answers.append((name, answer_text(line["answer"]), score + sure))
     return {key: card.with_image[key] for key in ("picture", "question", "truth")} | {"answers": answers}
 
 

@@ -45,7 +45,7 @@ def find_pictures(path: Path | None) -> Path | None:
     """Return the path. Raises MissingInput where it does not exist."""
     if path is not None and not path.is_dir() and not path.is_file():
         raise MissingInput(
-            f"no picture files at {path} — {how_to_get('dataset')}, or give a folder, zip or tar with --images"
+            f"no image files at {path} — {how_to_get('dataset')}, or give a folder, zip or tar with --images"
         )
     return path
 
@@ -81,8 +81,8 @@ class NoPictures:
 
     def read(self, name: str) -> bytes:
         raise RowError(
-            f"{name}: the row names a picture, but --images is missing — give its folder, zip or tar with --images",
-            "picture missing",
+            f"{name}: the row names an image, but --images is missing — give its folder, zip or tar with --images",
+            "image missing",
         )
 
 
@@ -105,8 +105,8 @@ class FolderPictures:
                         return _read_file(name, file)
             hint = self._hint(PicturePath.of(name).names)
         except OSError as error:
-            raise RowError(f"{name:.80}: cannot be read ({error.strerror})", "picture broken") from None
-        raise RowError(f"{name}: no such picture in {self.path}{hint}", "picture missing")
+            raise RowError(f"{name:.80}: cannot be read ({error.strerror})", "image broken") from None
+        raise RowError(f"{name}: no such image in {self.path}{hint}", "image missing")
 
     def _hint(self, names: tuple[str, ...]) -> str:
         """Which existing file a wrong name may mean."""

@@ -63,9 +63,9 @@ def check_images(config: RunConfig, chosen: ChosenTask) -> None:
     try:
         read_picture(rows, row, index, 0, row.shown[0])
     except RowError as error:
-        if error.kind == "picture missing":
+        if error.kind == "image missing":
             raise MissingInput(
-                f"{config.eval_data}: its rows name pictures — give their folder, zip or tar with --eval-images"
+                f"{config.eval_data}: its rows name images — give their folder, zip or tar with --eval-images"
             ) from None
 
 

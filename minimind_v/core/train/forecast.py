@@ -252,8 +252,8 @@ def estimate(config: RunConfig, row: TypicalRow, rows: float, steps: int) -> Est
     return Estimate(
         passes / count * rows + adamw * steps,
         f"an estimate: {passes:.2f} s for {plural(count, 'synthetic row')} of {length} tokens and "
-        f"{row.pictures:.2g} pictures each, forward and backward with random weights, and {adamw:.3f} s "
-        f"for AdamW, measured just now on {where}; without reading, saving and other programs",
+        f"{row.pictures:.2g} image{'s' * (row.pictures != 1)} each, forward and backward with random weights, and "
+        f"{adamw:.3f} s for AdamW, measured just now on {where}; without reading, saving and other programs",
     )
 
 

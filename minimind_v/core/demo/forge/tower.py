@@ -64,7 +64,7 @@ def captioned_image(spec: VisionSpec, rng: random.Random, held_out: bool = False
             item, named = figures[which].item, figures[which].named
             names = (item.size, item.shape, item.position, *([item.colour] if named else []))
             labels[patch, [WORDS.index(name) for name in names]] = 1
-    return torch.from_numpy(pixels), torch.from_numpy(labels)
+    return torch.from_numpy(pixels.copy()), torch.from_numpy(labels)
 
 
 def batches(
