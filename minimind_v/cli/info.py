@@ -32,7 +32,8 @@ def info(
     if split is not None and description["kind"] != "dataset":
         raise UsageError(f"--split {split}: {file} is not a dataset — remove --split")
     terminal = Terminal()
-    terminal.json(description) if json else terminal.table(description)
+    shown = {name: "–" if value is None else value for name, value in description.items()}
+    terminal.json(description) if json else terminal.table(shown)
 
 
 def _described(file: Path, split: str | None = None) -> dict[str, Any]:
