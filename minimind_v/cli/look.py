@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 from minimind_v.cli import options
 from minimind_v.cli.chat_images import read_image
 from minimind_v.cli.command import Command, advanced
-from minimind_v.cli.terminal import Terminal
+from minimind_v.cli.terminal import Terminal, command_line
 from minimind_v.core.errors import UsageError, open_all
 
 if TYPE_CHECKING:
@@ -99,11 +98,11 @@ def _check(
     if not names:
         raise UsageError(f"{question!r}: an image and a question are needed — {EXAMPLE}")
     if pictures_in(question):
-        command = shlex.join(["mmv", "look", *arguments, "What is in the image?"])
+        command = command_line("look", *arguments, "What is in the image?")
         raise UsageError(f"the last argument is an image file, not a question — {command}")
     begin = next((n for n, name in enumerate(names) if n and name.isalpha() and not Path(name).exists()), None)
     if begin:
-        command = shlex.join(["mmv", "look", *names[:begin], " ".join([*names[begin:], question])])
+        command = command_line("look", *names[:begin], " ".join([*names[begin:], question]))
         raise UsageError(f"put the question in quotes: {command}")
     check_marks(question, len(names))
     if swap and len(swap) != len(names):

@@ -23,6 +23,12 @@ def _same(output: Path, path: Path) -> bool:
     return output.resolve() == path.resolve()
 
 
+def check_folder(path: Path, option: str = "--out") -> None:
+    """Raises UsageError where a folder is to be written, and a file has its name or that of a folder above it."""
+    if file := next((folder for folder in (path, *path.parents) if folder.is_file()), None):
+        raise UsageError(f"{option} {path}: {file} is a file, not a folder — name another folder")
+
+
 def keep_set(outputs: Iterable[Path], rows: Path) -> None:
     """Raises UsageError if an output lies in a folder of rows, where all files together are one set."""
     for output in outputs:

@@ -22,7 +22,7 @@ from minimind_v.core.monitor.metrics import Best, Listener, StepMetrics
 from minimind_v.core.signals import StopRequest
 from minimind_v.core.train.distributed import ALONE, World
 from minimind_v.core.train.progress import Progress, StepRows
-from minimind_v.core.train.recall import RecallReport
+from minimind_v.core.train.recall import RecallReport, recall_own
 from minimind_v.core.train.records import Records
 from minimind_v.core.train.resume import State, named_trainable, unpack
 from minimind_v.core.train.run_folder import RunFolder
@@ -40,7 +40,7 @@ RIGHT_EPOCHS = 2  # after one epoch, later steps had made one of twelve answers 
 class Summary:
     """The end of a run."""
 
-    weights: Path
+    weights: Path  # those it started from, where there was nothing to learn
     best_weights: Path
     metrics: Path
     steps: int
@@ -99,6 +99,13 @@ class Run:
         if begun >= self.total:
             self.listener.message("this run is already finished")
             return self._summary()
+        if not begun and self._knows_every_answer():
+            config = self.config
+            self.listener.message(
+                f"nothing to learn: {config.init} answers every one of the {self.plan.rows} rows of {config.data.file} "
+                "correctly, so it stays as it is, and nothing is written"
+            )
+            return replace(self._summary(), weights=config.init)
         self.best = self.records.open(begun) if self.records else None
         self.train_step.model.train()
         self._announce()
@@ -234,6 +241,14 @@ class Run:
         if any(signals):
             self.stopped_by = Signals(int(max(signals)))
         return [sum(column) for column in columns]
+
+    def _knows_every_answer(self) -> bool:
+        """With `until_right`, whether the initial weights do, in one process."""
+        if not self.config.until_right or not self.config.init or self.world.size > 1:
+            return False
+        with explained(self.config):
+            own = recall_own(self.config, self.plan, self.plan.rows)(self.train_step)
+        return own is not None and (own.rows, own.token_accuracy) == (self.plan.rows, 1)
 
     def _end_if_right(self, step: int) -> None:
         """With `until_right`, end the run after RIGHT_EPOCHS whole epochs of right answers."""
