@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def _same(output: Path, path: Path) -> bool:
 
 def check_folder(path: Path, option: str = "--out") -> None:
     """Raises UsageError where a folder is to be written, and a file has its name or that of a folder above it."""
-    if file := next((folder for folder in (path, *path.parents) if folder.is_file()), None):
+    if file := next((folder for folder in (path, *path.parents) if os.path.isfile(folder)), None):
         raise UsageError(f"{option} {path}: {file} is a file, not a folder — name another folder")
 
 
