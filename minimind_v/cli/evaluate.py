@@ -104,11 +104,9 @@ def evaluate(
     from minimind_v.core.rows.stores import find_rows
 
     one_of("dtype", dtype, DTYPES)
-    if out is not None:
-        check_folder(out)
     terminal = Terminal()
     without = {"--blind": blind, "--max-length": max_length, "--batch-size": batch_size}
-    chosen = _choose(task, without, {"--out": out is not None, "--gpus": gpus > 1})
+    chosen = _choose(task, without, out, {"--out": out is not None, "--gpus": gpus > 1})
     if chosen is not None:
         data, split = chosen.source(data, split)
     if watch is not None:
@@ -176,7 +174,9 @@ def _by_loss(
     return _report(loaded.checkpoint.path, data, rows.split, scores)
 
 
-def _choose(task: str | None, without: dict[str, int | None], with_task: dict[str, bool]) -> ChosenTask | None:
+def _choose(
+    task: str | None, without: dict[str, int | None], out: Path | None, with_task: dict[str, bool]
+) -> ChosenTask | None:
     """The task; `without` has the options that a task has no use for, `with_task` those that only a task uses.
 
     Raises UsageError before the model is loaded.
@@ -190,6 +190,8 @@ def _choose(task: str | None, without: dict[str, int | None], with_task: dict[st
         reason = ": a task always asks with a blank image, too" if given == ["--blind"] else ""
         them = "them" if len(given) > 1 else "it"
         raise UsageError(f"{', '.join(given)} {verb} for an evaluation without --task{reason} — leave {them} out")
+    if out is not None:
+        check_folder(out)
     from minimind_v.core.evaluate.by_task import choose_task
 
     return choose_task(task)

@@ -81,7 +81,9 @@ class Checkpoint:
     def vision_width(self) -> int | None:
         """Width of the features its projector takes; None for a text-only base, or where nothing says it."""
         kind = PROJECTORS.get(self.projector or "")
-        return kind.vision_width(self.tensors) if kind else self.vision and self.vision.width
+        if kind:
+            return kind.vision_width(self.tensors)
+        return self.vision.width if self.vision else None
 
     @property
     def parameters(self) -> int:

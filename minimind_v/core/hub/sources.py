@@ -264,7 +264,8 @@ def weights_of_run(path: Path) -> Path:
 def _only_weights(folder: Path) -> Path:
     """The only weights in a folder of runs, or the folder itself, which may be an export. Raises UsageError."""
     files = _weights_in(folder)
-    if not files or (folder / "config.json").is_file() or any(folder.glob("*.gguf")):
+    exported = any(path for name in ("config.json", "model.safetensors*", "*.gguf") for path in folder.glob(name))
+    if not files or exported:
         return folder
     if len(files) > 1:
         raise UsageError(f"{folder} has several weights — name one of {', '.join(map(str, files))}")

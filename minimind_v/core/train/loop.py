@@ -99,13 +99,12 @@ class Run:
         if begun >= self.total:
             self.listener.message("this run is already finished")
             return self._summary()
-        if not begun and self._knows_every_answer():
-            config = self.config
+        if not begun and (learnt := self._learnt_already()):
             self.listener.message(
-                f"nothing to learn: {config.init} answers every one of the {self.plan.rows} rows of {config.data.file} "
+                f"nothing to learn: {learnt} answers every one of the {self.plan.rows} rows of {self.config.data.file} "
                 "correctly, so it stays as it is, and nothing is written"
             )
-            return replace(self._summary(), weights=config.init)
+            return replace(self._summary(), weights=learnt)
         self.best = self.records.open(begun) if self.records else None
         self.train_step.model.train()
         self._announce()
@@ -242,13 +241,13 @@ class Run:
             self.stopped_by = Signals(int(max(signals)))
         return [sum(column) for column in columns]
 
-    def _knows_every_answer(self) -> bool:
-        """With `until_right`, whether the initial weights do, in one process."""
-        if not self.config.until_right or not self.config.init or self.world.size > 1:
-            return False
+    def _learnt_already(self) -> Path | None:
+        """With `until_right`, in one process: the initial weights, if they answer every row correctly."""
+        if not self.config.until_right or self.world.size > 1:
+            return None
         with explained(self.config):
             own = recall_own(self.config, self.plan, self.plan.rows)(self.train_step)
-        return own is not None and (own.rows, own.token_accuracy) == (self.plan.rows, 1)
+        return self.config.init if own and (own.rows, own.token_accuracy) == (self.plan.rows, 1) else None
 
     def _end_if_right(self, step: int) -> None:
         """With `until_right`, end the run after RIGHT_EPOCHS whole epochs of right answers."""
