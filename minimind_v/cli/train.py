@@ -139,7 +139,7 @@ def _skipped(summary: Summary) -> str:
 def _results(summary: Summary) -> str:
     """The paths of a run's results that exist."""
     if not summary.steps:
-        return "nothing saved yet" if summary.stopped_by else "nothing written"
+        return "nothing saved yet" if summary.stopped_by else "no weights written"
     results = {"weights": summary.weights, "curve": summary.metrics}
     return ", ".join(
         f"{name} in {path}" if path.is_file() else f"no {name}: {path} was removed" for name, path in results.items()

@@ -29,6 +29,7 @@ from minimind_v.core.train.run_folder import RunFolder
 from minimind_v.core.train.saver import Saver
 from minimind_v.core.train.step import PendingStep, TrainStep
 from minimind_v.core.train.validate import Validator
+from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
     from minimind_v.core.train.evaluator import Evaluator
@@ -101,8 +102,8 @@ class Run:
             return self._summary()
         if not begun and (learnt := self._learnt_already()):
             self.listener.message(
-                f"nothing to learn: {learnt} answers every one of the {self.plan.rows} rows of {self.config.data.file} "
-                "correctly, so it stays as it is, and nothing is written"
+                f"nothing to learn: {learnt} answers every row of {self.config.data.file} correctly "
+                f"({plural(self.plan.rows, 'row')}), so no step is done and no weights are written"
             )
             return replace(self._summary(), weights=learnt)
         self.best = self.records.open(begun) if self.records else None
