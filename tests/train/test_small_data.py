@@ -155,9 +155,7 @@ def test_nothing_is_trained_or_written_where_every_answer_is_right_already(tmp_p
     rows = {"data": write_rows(tmp_path / "mine.jsonl", [{"conversations": asked}] * 2), "images": None}
     ended = small(tmp_path / "out", earlier, rows)
     assert ended.code == 0, ended.err
-    assert (
-        f"nothing to learn: {earlier} answers every row of {rows['data']} correctly (2 rows)" in ended.err
-    )
+    assert f"nothing to learn: {earlier} answers every row of {rows['data']} correctly (2 rows)" in ended.err
     assert "done after 0 steps; no weights written" in ended.err
     assert f"chat with it: mmv chat --model {earlier}" in ended.err
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.suffix != ".lock"] == []
