@@ -126,7 +126,8 @@ def nearest_file(path: Path, endings: tuple[str, ...], folders: bool = False) ->
         ]
     except OSError:  # no folder either
         return ""
-    beside.sort(key=lambda other: other.name.endswith(endings[:1]))  # of two with one name, that with the first ending
+    # Of several with one name a file is meant, and that with the first ending.
+    beside.sort(key=lambda other: (other.name.endswith(endings), other.name.endswith(endings[:1])))
     names = {other.name.partition(".")[0]: other for other in beside}
     match = difflib.get_close_matches(path.name.partition(".")[0], names, n=1, cutoff=0.6)
     return f" (did you mean {str(names[match[0]])!r}?)" if match else ""
