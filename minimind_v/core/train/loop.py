@@ -100,12 +100,12 @@ class Run:
         if begun >= self.total:
             self.listener.message("this run is already finished")
             return self._summary()
-        if not begun and (learnt := self._learnt_already()):
+        if not begun and (weights := self._right_already()):
             self.listener.message(
-                f"nothing to learn: {learnt} answers every row of {self.config.data.file} correctly "
+                f"nothing to learn: {weights} answers every row of {self.config.data.file} correctly "
                 f"({plural(self.plan.rows, 'row')}), so no step is done and no weights are written"
             )
-            return replace(self._summary(), weights=learnt)
+            return replace(self._summary(), weights=weights)
         self.best = self.records.open(begun) if self.records else None
         self.train_step.model.train()
         self._announce()
@@ -242,7 +242,7 @@ class Run:
             self.stopped_by = Signals(int(max(signals)))
         return [sum(column) for column in columns]
 
-    def _learnt_already(self) -> Path | None:
+    def _right_already(self) -> Path | None:
         """With `until_right`, in one process: the initial weights, if they answer every row correctly."""
         if not self.config.until_right or self.world.size > 1:
             return None
