@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import locale
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -20,7 +19,7 @@ from minimind_v.cli import options
 from minimind_v.cli.chat_answers import NO_IMAGE, show_answer, split
 from minimind_v.cli.chat_images import STDIN, ImageNames, check_count, find_display, named, read_image
 from minimind_v.cli.command import Command, advanced, output
-from minimind_v.cli.terminal import Terminal
+from minimind_v.cli.terminal import Terminal, command_line
 from minimind_v.cli.typed_line import EditedLines, PlainLines, plain_terminal, take_as_text
 from minimind_v.core.errors import UsageError, open_all, readable
 from minimind_v.core.hub.sources import PICTURE_ENDINGS
@@ -50,7 +49,7 @@ class ChatCommand(Command):
             option for picture in [*(values.get("image") or []), *pictures] for option in ("--image", str(picture))
         ]
         advice = "each image needs its own --image" if pictures else "put the question in quotes"
-        return f"{advice}: {shlex.join(['mmv', 'chat', *options, question])}"
+        return f"{advice}: {command_line('chat', *options, question)}"
 
 
 QuestionText = Annotated[
@@ -179,7 +178,7 @@ def _read(texts: Sequence[str], prompt: str | None) -> tuple[ImageNames, list[Pi
     pictures = [] if is_batch else read_pictures(images.names, read_image)
     if prompt is not None and (asked := pictures_in(prompt)):
         options = [word for name in (*texts, *asked) for word in ("--image", name)]
-        command = shlex.join(["mmv", "chat", *options, "What is in the image?"])
+        command = command_line("chat", *options, "What is in the image?")
         raise UsageError(f"{prompt!r} is an image file, not a question — {command}")
     if prompt is not None:
         check_question(prompt, 1 if is_batch else len(pictures))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,10 +16,11 @@ from minimind_v.cli.command import advanced
 from minimind_v.cli.options import complete
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.config.schema import DTYPES, one_of
-from minimind_v.core.errors import UsageError, open_all, shorten
+from minimind_v.core.errors import MissingInput, UsageError, open_all, shorten
 from minimind_v.core.paths import OUT_DIR
 
 if TYPE_CHECKING:
+    from minimind_v.core.config.schema import DataConfig
     from minimind_v.core.evaluate.by_task import ChosenTask
     from minimind_v.core.evaluate.run import Scores
     from minimind_v.core.formats.load import LoadedModel
@@ -96,7 +98,7 @@ def evaluate(
 
     With --task: its metrics with intervals, what the images add, and every answer in a file for `mmv compare`.
     """
-    from minimind_v.core.config.load import build_config, images_beside
+    from minimind_v.core.config.load import images_beside
 
     one_of("dtype", dtype, DTYPES)
     terminal = Terminal()
@@ -108,7 +110,7 @@ def evaluate(
         how = (split, limit, dtype, vision_model, tokenizer, device)
         return _watch(watch, (model, out, gpus), chosen, data, images, how, json)
     if is_standard := data is None:
-        standard = build_config("sft", options={"data": os.environ.get(options.ENVIRONMENT["data"]) or None}).data
+        standard = _standard_data(model)
         data, images, limit = standard.file, images or standard.images, limit or FIRST
     images = images or images_beside(data)
     rows, loaded = open_all(
@@ -132,6 +134,22 @@ def evaluate(
     report = _report(loaded.checkpoint.path, rows, scores) | ({"note": note} if note else {})
     shown = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in report.items()}
     terminal.json(report) if json else terminal.table(shown)
+
+
+def _standard_data(model: Path | None) -> DataConfig:
+    """The rows of --data, where it is not given; they may be in the folder of the model's project, such as the demo."""
+    from minimind_v.core.config.load import build_config
+    from minimind_v.core.hub.sources import latest_model, weights_at
+
+    of_variable = os.environ.get(options.ENVIRONMENT["data"])
+    standard = build_config("sft", options={"data": of_variable or None}).data
+    if of_variable or standard.file.exists():
+        return standard
+    with suppress(MissingInput):
+        weights = weights_at(model) if model else latest_model(lambda message: None, options.folder("out", OUT_DIR))
+        if (file := weights.parent.parent / standard.file).exists():
+            return build_config("sft", options={"data": file}).data
+    return standard
 
 
 def _choose(task: str | None, without: dict[str, int | None], with_task: dict[str, bool]) -> ChosenTask | None:

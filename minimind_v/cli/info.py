@@ -10,8 +10,8 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError, nearest
-from minimind_v.core.hub.sources import PICTURE_ENDINGS, ROWS, WEIGHTS_ENDINGS, weights_at
+from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError, nearest_file
+from minimind_v.core.hub.sources import PICTURE_ENDINGS, ROWS, WEIGHTS_ENDINGS, weights_of_run
 
 if TYPE_CHECKING:
     from minimind_v.core.formats.checkpoint import Checkpoint
@@ -33,8 +33,9 @@ def info(
 ) -> None:
     """Describe a checkpoint, an exported folder, a dataset or a run."""
     if not file.exists():
-        beside = [path.name for path in file.parent.glob("*")]
-        raise MissingInput(f"no file {file}{nearest(file.name, beside)}")
+        kinds = (WEIGHTS_ENDINGS, ROWS, PICTURE_ENDINGS)
+        endings = next((endings for endings in kinds if file.name.endswith(endings)), ("",))
+        raise MissingInput(f"no file {file}{nearest_file(file, endings, folders=True)}")
     description = _described(file, split, images)
     for option, value in (("--split", split), ("--images", images)):
         if value is not None and description["kind"] != "dataset":
@@ -220,7 +221,7 @@ def _run(file: Path) -> dict[str, Any]:
             f"{file.parent} is not itself a model, dataset or run — name one of its files: {', '.join(files[:5])}"
         )
     metrics = read_metrics(file)
-    weights = weights_at(file.parent)
+    weights = weights_of_run(file.parent)
     result = {} if weights == file.parent else {"weights": str(weights)}
     about = {"first_loss": metrics[0]["loss"], "records": len(metrics)}
     return {"kind": "run", "file": str(file)} | result | about | metrics[-1]

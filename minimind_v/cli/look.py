@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,7 +13,7 @@ import typer
 from minimind_v.cli import options
 from minimind_v.cli.chat_images import read_image
 from minimind_v.cli.command import Command, advanced
-from minimind_v.cli.terminal import Terminal
+from minimind_v.cli.terminal import Terminal, command_line
 from minimind_v.core.errors import UsageError, open_all
 
 if TYPE_CHECKING:
@@ -104,13 +103,13 @@ def _check(
     texts = [name for name in names if not pictures_in(name)]
     if pictures_in(question) and len(texts) == 1:
         pictures = [word for word in arguments if word not in texts]
-        raise UsageError(f"the question stands last: {shlex.join(['mmv', 'look', *pictures, *texts])}")
+        raise UsageError(f"the question stands last: {command_line('look', *pictures, *texts)}")
     if pictures_in(question):
-        command = shlex.join(["mmv", "look", *arguments, "What is in the image?"])
+        command = command_line("look", *arguments, "What is in the image?")
         raise UsageError(f"the last argument is an image file, not a question — {command}")
     begin = next((n for n, name in enumerate(names) if n and name.isalpha() and not Path(name).exists()), None)
     if begin:
-        command = shlex.join(["mmv", "look", *names[:begin], " ".join([*names[begin:], question])])
+        command = command_line("look", *names[:begin], " ".join([*names[begin:], question]))
         raise UsageError(f"put the question in quotes: {command}")
     check_question(question, len(names))
     if swap and len(swap) != len(names):

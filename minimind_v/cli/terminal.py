@@ -34,7 +34,7 @@ from rich.text import Text
 from minimind_v.cli.word_wrap import Unchanged, WordWrap, wrap
 from minimind_v.core.errors import MmvError, readable
 from minimind_v.core.files import as_json
-from minimind_v.core.train.launch import report_to_launcher
+from minimind_v.core.train.launch import PROGRAM, report_to_launcher
 
 
 class Verbosity(IntEnum):
@@ -245,14 +245,17 @@ class BytesProgress:
 
 
 def command_line(*arguments: object) -> str:
-    """A command line to paste into this shell, also where `mmv` is not on the path."""
-    program_file, on_path = Path(sys.argv[0]), shutil.which("mmv")
-    if program_file.name == "__main__.py":
-        program = [sys.executable, "-m", "minimind_v"]
-    else:
-        is_mmv = on_path and program_file.exists() and program_file.samefile(on_path)
-        program = ["mmv" if is_mmv else str(program_file)]
-    return shlex.join([*program, *map(str, arguments)])
+    """A command line to paste into this shell: `mmv` where that is this program, else as it was called."""
+    return " ".join([os.environ.get(PROGRAM) or _program(), *([shlex.join(map(str, arguments))] if arguments else [])])
+
+
+def _program() -> str:
+    called, on_path = Path(sys.argv[0]), shutil.which("mmv")
+    is_module = called.name == "__main__.py"
+    own = Path(sys.executable).with_name("mmv") if is_module else called  # of this installation
+    if on_path and own.exists() and own.samefile(on_path):
+        return "mmv"
+    return shlex.join([sys.executable, "-m", "minimind_v"] if is_module else [str(called)])
 
 
 def run_app(app: Any) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 NAME, MESSAGE = 300, 4000  # characters of a name, and of a whole message, beyond which their middle is left out
@@ -121,8 +122,26 @@ def open_all(*openers: Callable[[], Any]) -> list[Any]:
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` with the choice most similar to `word`, or an empty string."""
-    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def nearest_file(path: Path, endings: tuple[str, ...], folders: bool = False) -> str:
+    """` (did you mean 'x'?)` with the most similar path beside `path`, or an empty string.
+
+    It has one of these endings, which are not compared, or is one of the folders where those count.
+    """
+    try:
+        beside = [
+            other for other in path.parent.iterdir() if other.name.endswith(endings) or (folders and other.is_dir())
+        ]
+    except OSError:  # no folder either
+        return ""
+    # Of several with one name a file is meant, and that with the first ending.
+    beside.sort(key=lambda other: (other.name.endswith(endings), other.name.endswith(endings[:1])))
+    names = {other.name.partition(".")[0]: other for other in beside}
+    match = difflib.get_close_matches(path.name.partition(".")[0], names, n=1, cutoff=0.6)
+    return f" (did you mean {str(names[match[0]])!r}?)" if match else ""
 
 
 def unusable(text: str) -> str:

@@ -96,7 +96,7 @@ def test_rows_without_pictures_need_none(score, tmp_path):
     ("option", "wrong", "code", "message"),
     [
         ("--data", "nowhere.jsonl", 1, "no data file nowhere.jsonl"),
-        ("--images", "nowhere.zip", 1, "no image files at nowhere.zip"),
+        ("--images", "nowhere.zip", 1, "no file nowhere.zip"),
         ("--model", "nowhere.pth", 1, "no weights at nowhere.pth"),
         ("--vision-model", "nowhere", 1, "no vision model in nowhere"),
         ("--tokenizer", "nowhere", 1, "no tokenizer in nowhere"),

@@ -32,13 +32,13 @@ def refused(tiny_data, tmp_path):
 @pytest.mark.parametrize(
     ("option", "wrong", "step"),
     [
-        ("vision_model", "nowhere", "mmv download clip"),
-        ("vision_model", ASSETS, "mmv download clip"),  # the tokenizer's folder
-        ("tokenizer", "nowhere", "mmv download tokenizer"),
-        ("tokenizer", EYE, "mmv download tokenizer"),
-        ("data", "nowhere.jsonl", "mmv download dataset"),
-        ("images", "nowhere.zip", "mmv download dataset"),
-        ("init", "nowhere.pth", "mmv download lm"),
+        ("vision_model", "nowhere", "`mmv demo` makes it"),
+        ("vision_model", ASSETS, "`mmv demo` makes it"),  # the tokenizer's folder
+        ("tokenizer", "nowhere", "`mmv demo` makes it"),
+        ("tokenizer", EYE, "`mmv demo` makes it"),
+        ("data", "nowhere.jsonl", "no data file nowhere.jsonl"),
+        ("images", "nowhere.zip", "no file nowhere.zip — give a folder, zip or tar with --images"),
+        ("init", "nowhere.pth", "`mmv demo` makes it"),
         ("config", "nowhere.yaml", "no configuration file nowhere.yaml"),
     ],
 )
@@ -120,8 +120,8 @@ def test_a_folder_where_weights_are_required_and_the_other_way_round(refused, ti
 
 
 def test_an_out_that_is_a_file_is_refused(refused, tiny_data):
-    line = refused(1, out=tiny_data.picture())
-    assert f"{tiny_data.picture()}/pretrain_vlm_128/config.yaml: cannot be written (Not a directory)" in line
+    line = refused(2, out=tiny_data.picture())
+    assert line == f"--out {tiny_data.picture()}: {tiny_data.picture()} is a file, not a folder — name another folder"
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

@@ -99,7 +99,8 @@ def test_the_folder_of_a_run_stands_for_its_weights(trained, tiny_data, tmp_path
 
 def test_a_folder_of_weights_names_them(trained):
     error = run_mmv("chat", "hello", "--model", trained.out, *SIGHT).error
-    assert "name one of pretrain_vlm_128.pth, sft_vlm_128.pth" in error
+    files = ", ".join(str(trained.out / f"{stage}_vlm_128.pth") for stage in ("pretrain", "sft"))
+    assert error == f"{trained.out} has several weights — name one of {files}"
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -82,14 +82,18 @@ def hub(tmp_path_factory):
 def test_every_mmv_command_runs_as_it_stands(working_folder, hub, monkeypatch):
     monkeypatch.chdir(working_folder)
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-    lines = [line for line in commands(ENGLISH) if line.startswith("mmv ")]
-    assert len(lines) >= 14
+    lines = [line for line in commands(ENGLISH) if line.startswith(("mmv ", "cd demo", "cd .."))]
+    assert len(lines) >= 16
     for line in lines:
+        if line.startswith("cd "):
+            monkeypatch.chdir(line.removeprefix("cd "))
+            continue
         done = installed(*shlex.split(line)[1:])
         assert done.code == 0, f"{line}\n{done.err}"
     assert "parquet" in (working_folder / "out" / "pretrain_vlm_512" / "config.yaml").read_text()
     assert (working_folder / "out" / "sft_vlm_512.safetensors").is_file()
     assert (working_folder / "mine" / "sft_vlm_512.pth").is_file()
+    assert (working_folder / "demo" / "few" / "sft_vlm_128.pth").is_file()
     assert (working_folder / "few" / "sft_vlm_512.pth").is_file()
 
 

@@ -29,7 +29,7 @@ from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.train.distributed import World, slurm_address
 from minimind_v.core.train.launch import Launch
 from minimind_v.core.train.step import TrainStep
-from tests.cli.harness import ROOT, Running, installed, read_rows, run_mmv, tiny_data, tokenizer, write_rows
+from tests.cli.harness import MMV, ROOT, Running, installed, read_rows, run_mmv, tiny_data, tokenizer, write_rows
 from tests.model.conftest import SPEC, tiny_vlm
 from tests.train.late import make_batch, make_step, no_waits, record_steps, tensors_of
 
@@ -208,7 +208,7 @@ def test_a_pair_that_is_stopped_and_killed_ends_as_if_it_had_not(tmp_path, pair)
         assert code in (0, -sent if sent == signal.SIGKILL else 128 + sent)
         if code == 143:
             assert "death signal" not in run.err, "torch's own words"
-            assert run.err.splitlines()[-1].startswith("resume with: mmv train pretrain ")
+            assert run.err.splitlines()[-1].startswith(f"resume with: {MMV} train pretrain ")
     end = time.monotonic() + 20
     while alive := [pid for pid in processes_of(out) if pid != os.getpid()]:
         assert time.monotonic() < end, f"a killed launcher left {alive}"

@@ -96,14 +96,17 @@ def test_the_report_says_where_the_plan_was_for_something_else(out):
 
 
 def test_it_needs_no_base_and_says_all_in_words(tmp_path):
-    _, _, *line = tiny_data().train(tmp_path, "sft", init=tmp_path / "none.pth", max_steps=3, gpus=2)
-    ended = run_mmv("plan", "sft", *line)
+    init, data = tmp_path / "none.pth", tiny_data().data("sft")
+    _, _, *line = tiny_data().train(tmp_path, "sft", init=init, max_steps=3, gpus=2)
+    ended = run_mmv("plan", "sft", *line, "--price-per-hour", 2)
     assert ended.code == 0, ended.err
+    assert ended.err.splitlines()[0] == f"sft, preset demo: data {data}, weights {init}, which do not exist yet"
     rows = dict(row.split(maxsplit=1) for row in ended.out.splitlines())
     assert rows["steps"] == "3"
     assert rows["samples"] == "24"
     assert "2 processes assumed to be 2 times as fast" in rows["how"]
-    assert "cost" not in rows
+    assert rows["time"].endswith(" s")
+    assert rows["cost"].endswith(", in the currency of --price-per-hour")
 
 
 @pytest.mark.long

@@ -13,6 +13,7 @@ import numpy as np
 from minimind_v.core.curate.convert import check_files, convert, unreadable
 from minimind_v.core.errors import RowError, RunError, UsageError
 from minimind_v.core.files import only_writer, write_atomically
+from minimind_v.core.outputs import check_folder
 from minimind_v.core.rows.arrow import SavedRows
 from minimind_v.core.rows.cells import data_uri
 from minimind_v.core.rows.folder import FolderRows
@@ -56,6 +57,7 @@ def split(
         isinstance(rows, FolderRows) and rows.pictures is None
     )  # with the pictures in the rows
     train, aside = (out / f"{name}.{'parquet' if packed else 'jsonl'}" for name in ("train", "held_out"))
+    check_folder(out)
     check_files([train, aside], overwrite, rows.path, rows.pictures)
     for path in (train, aside):
         if path.is_dir():

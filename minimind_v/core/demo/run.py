@@ -34,6 +34,7 @@ from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
 from minimind_v.core.hub.sources import SOURCES
 from minimind_v.core.monitor.metrics import Listener, read_metrics
+from minimind_v.core.outputs import check_folder
 from minimind_v.core.pages.demo_report import Sample, write_report
 from minimind_v.core.pages.run_report import read_run
 from minimind_v.core.paths import DATASET_DIR, OUT_DIR
@@ -129,10 +130,9 @@ class Demo:
     def _refuse_to_replace(self) -> None:
         """Raises UsageError if the folder has files that no demo wrote."""
         mark = self.out / MARK
+        check_folder(self.out)
         if self.out.exists() and not mark.exists():
             own = f".{MARK}.lock"
-            if self.out.is_file():
-                raise UsageError(f"{self.out} is a file — name a new folder with --out")
             if any(path.name != own for path in self.out.iterdir()):
                 raise UsageError(f"{self.out} contains other files — name a new folder with --out")
         for name, stamp in read_notes(mark).get("weights", {}).items():

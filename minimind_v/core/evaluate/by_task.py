@@ -66,6 +66,7 @@ from minimind_v.core.formats.companions import tokenizer_digest
 from minimind_v.core.formats.load import LoadedModel, silent
 from minimind_v.core.generate.engine import CONTEXT
 from minimind_v.core.hub.sources import BENCHMARKS
+from minimind_v.core.outputs import check_folder
 from minimind_v.core.paths import OUT_DIR
 from minimind_v.core.rows.row import RowStore
 from minimind_v.core.version import __version__
@@ -331,12 +332,11 @@ def check_out(out: Path | None) -> None:
     """Raises UsageError for a file, or a folder with other files than those of an evaluation."""
     if out is None:
         return
+    check_folder(out)
     if out.is_dir():
         others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
         if others and PREDICTIONS not in others:
             raise UsageError(f"--out {out} holds {others[0]}, and no evaluation — name another folder")
-    elif out.exists():
-        raise UsageError(f"--out {out} is a file — name a folder")
 
 
 def _keep_finished(out: Path, identity: str) -> None:

@@ -22,13 +22,14 @@ from minimind_v.core.monitor.metrics import Best, Listener, StepMetrics
 from minimind_v.core.signals import StopRequest
 from minimind_v.core.train.distributed import ALONE, World
 from minimind_v.core.train.progress import Progress, StepRows
-from minimind_v.core.train.recall import RecallReport
+from minimind_v.core.train.recall import RecallReport, recall_own
 from minimind_v.core.train.records import Records
 from minimind_v.core.train.resume import State, named_trainable, unpack
 from minimind_v.core.train.run_folder import RunFolder
 from minimind_v.core.train.saver import Saver
 from minimind_v.core.train.step import PendingStep, TrainStep
 from minimind_v.core.train.validate import Validator
+from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
     from minimind_v.core.train.evaluator import Evaluator
@@ -40,7 +41,7 @@ RIGHT_EPOCHS = 2  # after one epoch, later steps had made one of twelve answers 
 class Summary:
     """The end of a run."""
 
-    weights: Path
+    weights: Path  # those it started from, where there was nothing to learn
     best_weights: Path
     metrics: Path
     steps: int
@@ -101,6 +102,12 @@ class Run:
         if begun >= self.total:
             self.listener.message("this run is already finished")
             return self._summary()
+        if not begun and (weights := self._right_already()):
+            self.listener.message(
+                f"nothing to learn: {weights} answers every row of {self.config.data.file} correctly "
+                f"({plural(self.plan.rows, 'row')}), so no step is done and no weights are written"
+            )
+            return replace(self._summary(), weights=weights)
         self.best = self.records.open(begun) if self.records else None
         self.train_step.model.train()
         self._announce()
@@ -251,6 +258,14 @@ class Run:
         if any(signals):
             self.stopped_by = Signals(int(max(signals)))
         return [sum(column) for column in columns]
+
+    def _right_already(self) -> Path | None:
+        """With `until_right`, in one process: the initial weights, if they answer every row correctly."""
+        if not self.config.until_right or self.world.size > 1:
+            return None
+        with explained(self.config):
+            own = recall_own(self.config, self.plan, self.plan.rows)(self.train_step)
+        return self.config.init if own and (own.rows, own.token_accuracy) == (self.plan.rows, 1) else None
 
     def _end_if_right(self, step: int) -> None:
         """With `until_right`, end the run after RIGHT_EPOCHS whole epochs of right answers."""

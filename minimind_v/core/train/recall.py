@@ -126,11 +126,11 @@ class RecallReport:
             recorder.warning(line)
 
 
-def recall_own(config: RunConfig, plan: BatchPlan) -> Recall:
-    """The training rows of the run, OWN_ROWS at most."""
+def recall_own(config: RunConfig, plan: BatchPlan, most: int = OWN_ROWS) -> Recall:
+    """The training rows of the run, so many at most."""
     return Recall(
         str(config.data.file),
-        BatchPlan(plan.dataset.for_evaluation(), BATCH, plan.pad_id, keep=plan.kept, limit=OWN_ROWS),
+        BatchPlan(plan.dataset.for_evaluation(), BATCH, plan.pad_id, keep=plan.kept, limit=most),
         config.dtype,
     )
 
