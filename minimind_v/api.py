@@ -32,7 +32,8 @@ from minimind_v.core.formats.load import load as load_model
 from minimind_v.core.generate.engine import Engine
 from minimind_v.core.generate.sampling import Sampling
 from minimind_v.core.generate.session import Session
-from minimind_v.core.generate.trace import Trace, TraceSettings, trace_answer
+from minimind_v.core.generate.trace import TraceSettings, trace_answer
+from minimind_v.core.generate.traced import Trace
 from minimind_v.core.hub.sources import WEIGHTS_ENDINGS
 from minimind_v.core.model.loss import IGNORE
 from minimind_v.core.model.vlm import VLM, Output
@@ -137,7 +138,8 @@ class LoadedVLM:
         `images` is one image or a list: paths, bytes, PIL images, arrays [H, W, 3] of uint8 or of floats from 0 to 1.
         Temperature 0 takes the likeliest token each time; above 0, tokens are drawn from the likeliest that together
         have the probability `top_p`, and a seed makes the draw repeatable.
-        Raises UsageError, MissingInput or RowError where an image cannot be read or does not fit the question.
+        Raises UsageError for an empty question, or UsageError, MissingInput or RowError where an image cannot be read
+        or does not fit the question.
 
         >>> m = mmv.load("out/sft_vlm_128.pth")
         >>> answer = m.ask("What colour is the star?", "pictures/star.jpg", max_new_tokens=8)
@@ -194,7 +196,8 @@ class LoadedVLM:
         `tokens` with `probability`, `bits`, `bits_blank` and `rivals`; `attention` float32 [T, L, H, P] of L layers and
         H heads, `rollout` [T, P], `patches` with `nearest` words and `layers`, `variants`, and `occlusion` [T, P] or
         None; `as_json()` is what `mmv look --json` prints.
-        Raises UsageError, MissingInput or RowError where an image cannot be read or does not fit the question.
+        Raises UsageError for an empty question, or UsageError, MissingInput or RowError where an image cannot be read
+        or does not fit the question.
 
         >>> m = mmv.load("out/sft_vlm_128.pth")
         >>> trace = m.look("What colour is the star?", "pictures/star.jpg", max_new_tokens=8)
@@ -399,9 +402,9 @@ def evaluate(
         return _evaluate_by_task(model, _path(data), _path(images), str(task), _path(out), split, limit, dtype)
     if out is not None or data is None:
         raise UsageError("out, and None for data, are for an evaluation with a task — name one with task=")
-    m = model if isinstance(model, LoadedVLM) else load(model)
     file = Path(data)
     rows = open_rows(file, _path(images) or images_beside(file), split, log.info, SCORE)
+    m = model if isinstance(model, LoadedVLM) else load(model)
     dataset = held_out_dataset(m.model, m.tokenizer, rows, max_length, blank)
     ids = m.tokenizer.pad_id, m.tokenizer.eos_id
     cache = None if blank else features_beside(m.model, m.path, dtype, len(rows), log.info, log.warning)
@@ -422,19 +425,16 @@ def _evaluate_by_task(
     dtype: str,
 ) -> dict[str, Any]:
     from minimind_v.core.evaluate.benchmarks import open_benchmark  # here: their metrics take a second to import
-    from minimind_v.core.evaluate.by_task import choose_task, evaluate_task
+    from minimind_v.core.evaluate.by_task import check_out, choose_task, evaluate_task
 
     chosen = choose_task(task)
     data, split = chosen.source(data, split)
     if data is None:
         raise UsageError(f"the task {task} names no data — give them")
-    m = model if isinstance(model, LoadedVLM) else load(model)
+    check_out(out)
     rows = open_benchmark(data, images or images_beside(data), split, log.info, chosen.names)
-    cache = features_beside(m.model, m.path, dtype, len(rows), log.info, log.warning)
-    result = evaluate_task(m._loaded, chosen, rows, out, limit=limit, dtype=dtype, memory=cache)
-    for skipped in result.skipped[:5]:
-        log.warning("skipped: %s", skipped)
-    return result.report
+    m = model if isinstance(model, LoadedVLM) else load(model)
+    return evaluate_task(m._loaded, chosen, rows, out, limit=limit, dtype=dtype, say=log.info, warn=log.warning).report
 
 
 class _Logged(Listener):

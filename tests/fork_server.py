@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MMV = Path(sys.executable).with_name("mmv")
 # Nothing of the project, and nothing that starts threads or reads the environment when it is imported.
-PRELOADED = ("torch", "torch._dynamo", "torch.utils.data", "torch.distributed", "safetensors.torch", "tokenizers",
+PRELOADED = ("torch", "torch.utils.data", "torch.distributed", "safetensors.torch", "tokenizers",
              "PIL.Image", "yaml", "filelock", "typer", "rich.progress", "multiprocessing.connection")  # fmt: skip
 READ_AT_START = ("PYTHON", "OMP_", "MKL_", "KMP_", "LC_", "LANG", "LD_", "TORCH",
                   "NPY_", "TYPER_", "_TYPER", "TERMINAL_")  # fmt: skip

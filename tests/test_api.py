@@ -150,17 +150,31 @@ def test_an_opened_image_is_turned_upright_as_its_file_is(m, tmp_path):
         (np.zeros((9, 9, 3), np.int64), "type int64"),
         (np.zeros((2, 9, 9, 3), np.uint8), r"\[2, 9, 9, 3\]"),
         (np.zeros((0, 9, 3), np.uint8), "not an image"),
-        (torch.zeros(3, 9, 9), "not an image: Tensor"),
+        (np.zeros((3, 9, 9)), r"shape \[3, 9, 9\] and type float64, values from 0 to 0 .* with the channels last"),
+        (np.zeros((9, 9)) > 0, "type bool"),
+        (np.array(3.5), r"shape \[\] and type float64"),
+        (torch.zeros(3, 9, 9), r"a tensor of shape \[3, 9, 9\] and type float32, values .* with the channels last"),
+        (torch.full((9, 9, 3), 255, dtype=torch.uint8), "a tensor of .* type uint8 — give .* from 0 to 1$"),
+        (torch.full((9, 9), 255.0, requires_grad=True), "values from 255 to 255 — give a numpy array"),
+        (torch.zeros(0, dtype=torch.bfloat16), "type bfloat16 — give a numpy array"),
+        (Image.new("RGB", (0, 5)), "0×5 pixels"),
         (7, "not an image: int"),
-        (b"no picture", "not a picture"),
+        ("", "the name of an image is empty"),
+        (b"no picture", "not an image"),
         ("pictures/moon.jpg", "no image file at pictures/moon.jpg"),
     ],
-    ids=str,
 )
 def test_what_is_no_image_is_refused_in_one_line(m, image, message):
     with pytest.raises(mmv.MmvError, match=message) as raised:
         m.ask(QUESTION, image)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"])
+def test_an_image_of_any_usual_mode_is_read(m, mode):
+    pixels = m.processor.pixels(Image.new(mode, (40, 30)))
+    assert pixels.shape == (3, 64, 64)
+    assert pixels.std(axis=(1, 2)).max() == 0
 
 
 IDS = torch.ones(1, 5, dtype=torch.long)
@@ -178,6 +192,10 @@ IDS = torch.ones(1, 5, dtype=torch.long)
         (lambda m: m.ask("a", max_new_tokens="5"), "max_new_tokens must be a whole number, not '5'"),
         (lambda m: m.ask("a", temperature="a"), "temperature must be a number, not 'a'"),
         (lambda m: m.chat(seed=1.5), "seed must be a whole number or None, not 1.5"),
+        (lambda m: m.look("What?", STAR, answer=5), "answer must be a text or None, not 5"),
+        (lambda m: m.look("What?", STAR, swap=5), "not an image: int"),
+        (lambda m: m.chat(1.0, None), "top_p must be a number, not None"),
+        (lambda m: m.processor.question(7), "text must be a text, not 7"),
         (lambda m: m.save("a\0.pth"), "path contains a NUL character"),
         (lambda m: m.processor(5), "text must be a text or a list of texts, not 5"),
         (lambda m: m.processor([5]), "text must be a text or a list of texts, not list"),
@@ -212,6 +230,13 @@ def test_numbers_may_be_those_of_numpy_and_a_name_that_does_not_exist_is_pythons
         with pytest.raises(TypeError, match="unexpected keyword argument 'answer'"):
             call(QUESTION, answer=1)
     assert m(IDS.int(), labels=torch.full_like(IDS, -100)).loss == 0
+
+
+@pytest.mark.parametrize("question", ["", " \n"], ids=repr)
+def test_an_empty_question_is_refused_before_its_image_is_read(m, question):
+    for ask in (m.ask, m.look, m.processor, m.chat().ask, lambda *given: list(m.stream(*given))):
+        with pytest.raises(mmv.MmvError, match="the question is empty"):
+            ask(question, "pictures/moon.jpg")
 
 
 def test_images_and_texts_must_fit_each_other(m):
@@ -367,16 +392,17 @@ def test_an_evaluation_resizes_images_as_the_tower_says(m, monkeypatch):
     assert modes == ["squeeze"]
 
 
-def test_a_script_needs_no_main_guard(folder, tmp_path):
+def test_a_script_needs_no_main_guard_and_no_compiler(folder, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
+        "import sys\n"
         "import minimind_v as mmv\n"
         f"summary = mmv.train('sft', **{settings(str(tmp_path / 'out'), workers=2)!r})\n"
-        "print(summary.steps)\n",
+        "print(summary.steps, {'torch._dynamo', 'transformers'} & set(sys.modules))  # they take seconds to import\n",
         encoding="utf-8",
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.stdout == "2\n", done.stderr
+    assert done.stdout == "2 set()\n", done.stderr

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from benchmarks.gpu import curve
 from benchmarks.gpu.card import Card, Result
-from minimind_v.core.generate import cuda_graph
+from minimind_v.core import cuda_graph
+from minimind_v.core.cuda_graph import EAGER, record_cuda
 from minimind_v.core.generate import prompt_cache as memory
-from minimind_v.core.generate.cuda_graph import EAGER, record_cuda
 from minimind_v.core.generate.prompt_cache import ready
 from minimind_v.core.generate.rows import Row, Rows
 from minimind_v.core.generate.sampling import GREEDY, Sampler, Sampling
@@ -24,13 +24,14 @@ from minimind_v.core.generate.slots import SPAN
 from minimind_v.core.model.vlm import VLM
 
 WARM = Sampling(0.65, 0.85, seed=1)  # as published
-# Name, sampling, whether the host draws, whether steps are recorded.
+# Name, sampling, whether the host draws, whether steps are recorded, whether rows have slots in one cache.
 WAYS = (
-    ("greedy, eager", GREEDY, False, False),
-    ("greedy, graph", GREEDY, False, True),
-    ("sampled, eager", WARM, False, False),
-    ("sampled, graph", WARM, False, True),
-    ("sampled by the host, graph", WARM, True, True),
+    ("greedy, eager", GREEDY, False, False, True),
+    ("greedy, graph", GREEDY, False, True, True),
+    ("sampled, eager", WARM, False, False, True),
+    ("sampled, graph", WARM, False, True, True),
+    ("sampled by the host, graph", WARM, True, True, True),
+    ("sampled, without slots", WARM, False, False, False),
 )
 
 
@@ -38,13 +39,12 @@ class Recorder:
     """Records steps, and counts. A CPU does them again."""
 
     def __init__(self, card: Card) -> None:
-        self.card, self.made, self.failed = card, 0, 0
+        self.card, self.made = card, 0
 
     def __call__(self, work, device, pool):
-        replayed = record_cuda(work, device, pool) if self.card.cuda else work
-        self.made += replayed is not None
-        self.failed += replayed is None
-        return replayed
+        replay = record_cuda(work, device, pool) if self.card.cuda else work
+        self.made += 1
+        return replay
 
 
 class Likeliest:
@@ -82,8 +82,8 @@ def launching(model: VLM, record: Callable | None, together: bool = True) -> Ite
     decoder.uses_slots, decoder._free_slots = together, []
     if together:
         slots = decoder.take_slots()
-        slots.recordings.has_failed = record is None
-        slots.recordings.record = record or slots.recordings.record
+        slots.graphs.on = record is not None
+        slots.graphs.record = record or slots.graphs.record
         decoder.give_back(slots)
     yield
     decoder._free_slots = []
@@ -125,8 +125,8 @@ def decoding(card: Card, result: Result) -> None:
                     with launching(model, record, together):
                         sides.append((answer(model, ids, mask, limits, draws), draws))
                 name = f"{'bf16' if half else 'fp32'}, {rows} rows"
-                result[name] = comparison = compare(*sides) | {"recorded": recorder.made, "failed": recorder.failed}
-                checks[f"{name}: recorded"] = recorder.made > 0 and not recorder.failed and not cuda_graph._FAILED
+                result[name] = comparison = compare(*sides) | {"recorded": recorder.made}
+                checks[f"{name}: recorded"] = recorder.made > 0 and not cuda_graph._FAILED
                 checks[f"{name}: as eager"] = comparison["largest_gap"] <= (0.05 if half else 1e-3)
                 checks[f"{name}: the same ids"] = comparison["same_ids"] or (half and comparison["ties"])
             if not half:
@@ -197,11 +197,13 @@ def talking(card: Card, result: Result) -> None:
     with precision(card, True):
         ready(model).prefixes.limit = 0  # no prompt is recalled
         for streams in (1, 2) if card.tiny else (1, 8, 16, 64):
-            for name, sampling, on_host, record in WAYS:
+            for name, sampling, on_host, record, together in WAYS:
+                if not together and streams > 16:  # some 30 kernels for each row and token
+                    continue
                 times: list[float] = []
                 ids, mask = prompts(streams, 240)
                 recorder = Recorder(card) if record else None
-                with launching(model, recorder):
+                with launching(model, recorder, together):
                     for tokens in (8, count):  # the first time makes what stays
                         times.clear()
                         samplers = [Sampler(sampling) for _ in range(streams)]

@@ -23,13 +23,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.gpu import curve
 from benchmarks.gpu.card import Card, Kernels, Result, close
 from benchmarks.gpu.runs import StepListener, configure, make_run
+from minimind_v.core.cuda_graph import EAGER, WAITED
 from minimind_v.core.model import ops
 from minimind_v.core.model.kernels import cuda_moe
-from minimind_v.core.model.kernels.accelerate import accelerate, plain
+from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.moe import MoEFeedForward
 from minimind_v.core.monitor.metrics import StepMetrics
 from minimind_v.core.train.batch_size import find_batch_size
-from minimind_v.core.train.graph import WAITED
 from minimind_v.core.train.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,7 +173,7 @@ def waits(card: Card, result: Result) -> None:
             with _warnings_into(caught):
                 run = make_run(configure(card, preset, stage), StepListener(on_step))
                 if run.train_step.graphs:  # to record and to compare is to wait
-                    run.train_step.graphs.recorder.on = False
+                    run.train_step.graphs.graphs.on = False
                 run.run()
         finally:
             _watch_waits(card, "default")
@@ -244,7 +244,7 @@ def _stop_at(step: int, metrics: StepMetrics) -> bool:
 
 
 def automatic_batch(card: Card, result: Result) -> None:
-    """`--batch-size auto` where not all rows of an update fit, and then an update of the longest rows."""
+    """`--batch-size auto` where not all rows of an update fit, and then updates of the longest rows, recorded."""
     config = configure(card, "small", "pretrain")
     if not card.cuda:
         room = 10**9
@@ -261,8 +261,14 @@ def automatic_batch(card: Card, result: Result) -> None:
             torch.cuda.set_per_process_memory_fraction(0.7 * most / total, index)
             chosen, why = find_batch_size(config, card.device)
             trial = Trial(chosen, card.device)
-            trial(chosen.data.batch_size)
-            result["checks"] = {"a smaller batch than the recipe's": chosen.data.batch_size < config.data.batch_size}
+            batch = trial.largest(chosen.data.batch_size)
+            graphs = trial.train_step.graphs
+            for _ in range(EAGER + 2):
+                trial.train_step([batch], batch.supervised, len(batch), 0.0)
+            result["checks"] = {
+                "a smaller batch than the recipe's": chosen.data.batch_size < config.data.batch_size,
+                "its largest rows are recorded": graphs is not None and graphs.graphs.recorded == 2,
+            }
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, index)
             torch.cuda.empty_cache()
@@ -273,7 +279,7 @@ def automatic_batch(card: Card, result: Result) -> None:
 
 
 def experts(card: Card, result: Result) -> None:
-    """Experts by one grouped product, by a loop, and in fp32; one of them has no token."""
+    """Experts in fp32, by a loop, and by one product, stored together or not; one of them has no token."""
     config = card.text("moe")
     torch.manual_seed(0)
     layer = MoEFeedForward(config).to(card.device).train()
@@ -293,13 +299,11 @@ def experts(card: Card, result: Result) -> None:
 
     layer.gate.forward = choose_in_fp32
 
-    def once(kind: str) -> tuple[Tensor, dict[str, Tensor], int]:
+    def once(half: bool = True) -> tuple[Tensor, dict[str, Tensor], int]:
         layer.zero_grad(set_to_none=True)
         given = x.clone().requires_grad_()
         caught: list[warnings.WarningMessage] = []
-        lower = torch.autocast(card.device.type, torch.bfloat16, enabled=kind != "fp32")
-        accelerate(layer, card.device) if kind == "grouped" else plain(layer)
-        with lower, _warnings_into(caught):
+        with torch.autocast(card.device.type, torch.bfloat16, enabled=half), _warnings_into(caught):
             _watch_waits(card, "warn")
             out, aux = layer(given, None)
             loss = out.float().square().mean() + aux
@@ -309,16 +313,21 @@ def experts(card: Card, result: Result) -> None:
         count = sum(WAITED in str(item.message) for item in caught)
         return out.detach(), gradients | {"x": given.grad}, count
 
-    truth, truth_gradients, _ = once("fp32")
-    result["checks"] = {}
-    for kind in ("loop", "grouped"):
-        once(kind)
-        out, gradients, count = once(kind)
+    truth, truth_gradients, _ = once(half=False)
+    result["checks"], outputs = {}, {}
+    for kind in ("loop", "grouped, stored apart", "grouped"):
+        if kind != "loop":
+            accelerate(layer, torch.device("cuda"))
+        if kind == "grouped, stored apart":
+            layer.unstack()
+        once()
+        out, gradients, count = once()
+        outputs[kind] = out
         moved = {name for name, gradient in truth_gradients.items() if float(gradient.abs().max()) > 0}
         worst = max(close(gradients[name], truth_gradients[name]) for name in moved)
         idle = [name for name in gradients if name.startswith(f"experts.{config.n_routed_experts - 1}.")]
         nothing = all(float(gradients[name].abs().max()) == 0 for name in idle)
-        taken = card.seconds(lambda kind=kind: once(kind), 20)
+        taken = card.seconds(once, 20)
         result[kind] = {
             "output": close(out, truth), "gradients": worst, "waits": count, "ms": round(taken * 1e3, 3),
             "idle expert": "no gradient" if not idle else "zero" if nothing else "not zero",
@@ -326,5 +335,7 @@ def experts(card: Card, result: Result) -> None:
         result["checks"][f"{kind}: output within 2 %"] = close(out, truth) < 0.02
         result["checks"][f"{kind}: gradients within 5 %"] = worst < 0.05
         result["checks"][f"{kind}: an expert without tokens learns nothing"] = nothing
+    same = torch.equal(outputs["grouped"], outputs["grouped, stored apart"])
+    result["checks"]["experts that are stored together: the bits of those apart"] = same
     if card.cuda and cuda_moe.is_grouped(torch.zeros(8, 8, device=card.device, dtype=torch.bfloat16), 8):
         result["checks"]["the grouped product waits for nothing"] = result["grouped"]["waits"] == 0

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minimind_v.core.errors import RunError
 from minimind_v.core.files import write_text
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
@@ -25,13 +26,14 @@ PREDICTED = {
         "small sft, pictures encoded, at their step": "0.3 K",
     },
     "steps": {
-        "small pretrain, read late": "10–20 % less", "small pretrain, graph": "2.3 times as fast as eager",
-        "small sft, read late": "10–20 % less", "small sft, graph": "3.5–4 times as fast as eager",
+        "small pretrain, padded": "10–20 % less", "small pretrain, graph": "2.3 times as fast as eager",
+        "small sft, padded": "10–20 % less", "small sft, graph": "3.5–4 times as fast as eager",
     },
     "resident": {
-        "pretrain, eager": "6–8 ms of the host", "pretrain, graph": "3.0 ms", "pretrain, both": "1.9 ms",
-        "sft, eager": "8–10 ms of the host", "sft, graph": "2.4 ms", "sft, both": "1.8 ms",
+        "pretrain, eager": "6–8 ms of the host", "pretrain, graph": "3.0 ms",
+        "sft, eager": "8–10 ms of the host", "sft, graph": "2.4 ms",
     },
+    "resident, compiled": {"pretrain, both": "1.9 ms", "sft, both": "1.8 ms"},
     "talking": {
         "1 streams, sampled, graph": "4–5 K", "8 streams, sampled, graph": "25–30 K",
         "64 streams, sampled, graph": "120–200 K",
@@ -51,13 +53,16 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"Measured by `make gpu` on **{card}**, {report['date']}, torch {report['torch']}, in "
         f"{report['seconds']:.0f} s. Predictions were written down before the first run, as arithmetic for an H100. "
-        "A ratio is printed only where the losses of both sides agree; every figure is of this card alone.",
+        "A ratio is printed only where the losses of both sides agree; every figure is of this card alone. "
+        "What is newer than this run is named under *not measured yet* in the notes at the end.",
         "",
     ]
     failed = [f"{part}: {name}" for part, result in parts.items() for name, right in _checks(result) if not right]
     troubled = [f"{part}: {result['status']}" for part, result in parts.items() if result["status"] != "done"]
     right = sum(1 for result in parts.values() for _, passed in _checks(result) if passed)
     lines += [f"{right} checks passed, {len(failed)} failed.", ""]
+    if report.get("left_out"):
+        lines += [f"Left out for time: {', '.join(report['left_out'])}.", ""]
     lines += [f"- **failed** {name}" for name in failed] + [f"- **not whole** {name}" for name in troubled]
     for part, result in parts.items():
         lines += ["", f"## {part} · {card}", "", *_table(part, result), ""]
@@ -103,8 +108,28 @@ def _shown(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def write_page(report: dict[str, Any], path: Path = PAGE) -> None:
-    """Write the page, but for what people have added below the line `NOTES`. Raises RunError."""
+def write_page(reports: list[dict[str, Any]], path: Path = PAGE) -> None:
+    """Write the page of one or more runs, but for what people have added below the line `NOTES`. Raises RunError."""
     old_page = path.read_text(encoding="utf-8") if path.exists() else ""
     notes = old_page[old_page.index(NOTES) :] if NOTES in old_page else ""
-    write_text(path, markdown(report) + (f"\n{notes}" if notes else ""))
+    write_text(path, markdown(together(reports)) + (f"\n{notes}" if notes else ""))
+
+
+def together(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several runs of the same code on one card as one report; of a part that two have, the first one's result.
+
+    Raises RunError where a ratio of their figures would be one of two cards.
+    """
+    first, *others = reports
+    for other in others:
+        for key in ("card", "torch"):
+            if other[key] != first[key]:
+                raise RunError(f"these runs do not belong together: {key} is {first[key]}, and {other[key]}")
+    parts = {name: part for report in reversed(reports) for name, part in report["parts"].items()}
+    order = [name for report in reports for name in report["parts"]]
+    return first | {
+        "date": max(report["date"] for report in reports),
+        "seconds": sum(report["seconds"] for report in reports),
+        "left_out": [name for name in first["left_out"] if all(name in other["left_out"] for other in others)],
+        "parts": {name: parts[name] for name in dict.fromkeys(order)},
+    }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import locale
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -20,7 +19,7 @@ from minimind_v.cli import options
 from minimind_v.cli.chat_answers import NO_IMAGE, show_answer, split
 from minimind_v.cli.chat_images import STDIN, ImageNames, check_count, find_display, named, read_image
 from minimind_v.cli.command import Command, advanced, output
-from minimind_v.cli.terminal import Terminal
+from minimind_v.cli.terminal import Terminal, command_line
 from minimind_v.cli.typed_line import EditedLines, PlainLines, plain_terminal, take_as_text
 from minimind_v.core.errors import UsageError, open_all, readable
 from minimind_v.core.hub.sources import PICTURE_ENDINGS
@@ -43,12 +42,14 @@ class ChatCommand(Command):
     once = ()
 
     def too_many(self, values: dict[str, Any], extra: Sequence[str]) -> str:
-        questions = [str(values.get("prompt") or ""), *extra]
-        if values.get("image") and any(Path(word).suffix.lower() in PICTURE_ENDINGS for word in questions[:-1]):
-            options = [word for picture in [*values["image"], *questions[:-1]] for word in ("--image", picture)]
-            return f"each image needs its own --image: {shlex.join(['mmv', 'chat', *options, questions[-1]])}"
-        options = [word for picture in values.get("image") or [] for word in ("--image", str(picture))]
-        return f"put the question in quotes: {shlex.join(['mmv', 'chat', *options, ' '.join(questions)])}"
+        texts = [str(values.get("prompt") or ""), *extra]
+        pictures = [text for text in texts if Path(text).suffix.lower() in PICTURE_ENDINGS]
+        question = " ".join(text for text in texts if text not in pictures) or "What is in the image?"
+        options = [
+            option for picture in [*(values.get("image") or []), *pictures] for option in ("--image", str(picture))
+        ]
+        advice = "each image needs its own --image" if pictures else "put the question in quotes"
+        return f"{advice}: {command_line('chat', *options, question)}"
 
 
 QuestionText = Annotated[
@@ -98,13 +99,14 @@ def chat(
     json: options.Json = False,
 ) -> None:
     """Ask about images. The answer goes to stdout; reasoning and everything else go to stderr."""
-    plain = plain or plain_terminal()
-    terminal = Terminal(plain)
+    wraps, plain = not plain, plain or plain_terminal()
+    terminal = Terminal(plain, wraps)
     prompt = _question(prompt, from_stdin=STDIN not in (image or []), json=json)
-    from minimind_v.core.generate.settings import Sampling
+    from minimind_v.core.generate.settings import Sampling, check_system
 
     temperature = 0.0 if greedy else temperature
     sampling = Sampling(temperature, top_p, seed, top_k, min_p, repetition_penalty)
+    check_system(system)
     display = None if plain or prompt is not None else find_display(terminal.out)
     (images, pictures), loaded = open_all(
         lambda: _read(image or [], prompt),
@@ -118,7 +120,8 @@ def chat(
     if prompt is not None:
         _once(terminal, session, prompt, pictures, max_new_tokens, json)
         return
-    from minimind_v.cli.conversation import COMMANDS, HELP, Conversation
+    from minimind_v.cli.conversation import HELP, Conversation
+    from minimind_v.cli.typed_commands import COMMANDS, run
 
     name = str(loaded.checkpoint.path)
     terminal.say(f"{name} — {HELP}")
@@ -127,7 +130,7 @@ def chat(
     with _leaves_on_sigterm():
         if pictures:
             conversation.add(pictures)
-        conversation.run()
+        run(conversation)
 
 
 def _question(prompt: str | None, from_stdin: bool, json: bool) -> str | None:
@@ -166,7 +169,7 @@ def _read(texts: Sequence[str], prompt: str | None) -> tuple[ImageNames, list[Pi
 
     Raises UsageError or MissingInput.
     """
-    from minimind_v.core.data.picture_names import check_marks, pictures_in, read_pictures
+    from minimind_v.core.data.picture_names import check_question, pictures_in, read_pictures
 
     images = named(texts)
     is_batch = images.each and prompt is not None
@@ -175,10 +178,10 @@ def _read(texts: Sequence[str], prompt: str | None) -> tuple[ImageNames, list[Pi
     pictures = [] if is_batch else read_pictures(images.names, read_image)
     if prompt is not None and (asked := pictures_in(prompt)):
         options = [word for name in (*texts, *asked) for word in ("--image", name)]
-        command = shlex.join(["mmv", "chat", *options, "What is in the image?"])
+        command = command_line("chat", *options, "What is in the image?")
         raise UsageError(f"{prompt!r} is an image file, not a question — {command}")
     if prompt is not None:
-        check_marks(prompt, 1 if is_batch else len(pictures))
+        check_question(prompt, 1 if is_batch else len(pictures))
     return images, pictures
 
 
@@ -221,13 +224,13 @@ def _each(
     prompts = [_opener(engine, name, prompt, limit, think, system) for name in names]
     code = 0
     with contextlib.ExitStack() as stack:
-        progress = None if sys.stdout.isatty() else stack.enter_context(terminal.progress("images"))
+        progress = None if _is_one_stream() else stack.enter_context(terminal.progress("images"))
         for number, answer in enumerate(answer_each(engine, prompts, sampling, limit)):
             name, error = names[number], answer.error
             if error is not None:
                 code = 1
                 message = readable(str(error))
-                terminal.warn(message if name in message else f"{name}: {message}")
+                terminal.warn(message if name in message else f"{name}: {message}", always=True)
             if json and error is not None:
                 terminal.json({"prompt": prompt, "images": [name], "error": message})
             elif json:
@@ -240,6 +243,14 @@ def _each(
             if progress:
                 progress(number + 1, len(names))
     return code
+
+
+def _is_one_stream() -> bool:
+    """Whether stdout and stderr are the same terminal, pipe or file: there answers show the progress themselves."""
+    try:
+        return sys.stdout.isatty() or os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+    except (OSError, ValueError):  # a stream that is no file
+        return False
 
 
 def _opener(

@@ -25,15 +25,17 @@ def show_answer(terminal: Terminal, answer: Iterable[str], think: bool) -> None:
     """Write an answer as it comes: its reasoning dimmed to stderr, its text to stdout."""
     from minimind_v.core.generate.detokenize import split_stream
 
+    text, thought = terminal.streams()
     before = False
-    for reasoning, piece in split_stream(answer, think):
-        if before and not reasoning:
-            terminal.reasoning("\n\n")
-        before = reasoning
-        if reasoning:
-            terminal.reasoning(piece)
-        else:
-            terminal.result(piece, end="")
+    try:
+        for reasoning, piece in split_stream(answer, think):
+            if before and not reasoning:
+                thought.add("\n\n")
+            before = reasoning
+            (thought if reasoning else text).add(piece)
+    finally:  # also where the user stops it
+        thought.rest()
+        text.rest()
     terminal.result("")
 
 

@@ -50,7 +50,7 @@ def named(texts: Sequence[str]) -> ImageNames:
         raise UsageError("--image is empty — name a file")
     names = [name for group in groups for name in group]
     if names.count(STDIN) > 1:
-        raise UsageError(f"--image {STDIN} was given twice, and stdin holds one picture file")
+        raise UsageError(f"--image {STDIN} was given twice, and stdin holds one image file")
     files = [[STDIN] if name == STDIN else files_of(name) for name in names]
     each = any(inside is not None and name != STDIN for name, inside in zip(names, files, strict=True))
     return ImageNames([file for name, inside in zip(names, files, strict=True) for file in inside or [name]], each)
@@ -81,11 +81,11 @@ def read_image(name: str, stdin: bool = True) -> Picture:
 def _stdin(most_bytes: int) -> bytes:
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError(
-            f"--image {STDIN} reads a picture file from a pipe: cat dog.jpg | mmv chat --image - 'What is it?'"
+            f"--image {STDIN} reads an image file from a pipe: cat dog.jpg | mmv chat --image - 'What is it?'"
         )
     content = sys.stdin.buffer.read(most_bytes + 1)
     if len(content) > most_bytes:
-        raise UsageError(f"the picture file on stdin has more than {most_bytes >> 20} MB")
+        raise UsageError(f"the image file on stdin has more than {most_bytes >> 20} MB")
     return content
 
 

@@ -55,8 +55,11 @@ def compare(
         check_page(html)
     first, second = _sides(evaluations)
     opened = open_all(*(partial(read_predictions, path) for path in (*first, *second)))
-    report = compared(opened[: len(first)], opened[len(first) :])
+    sides = opened[: len(first)], opened[len(first) :]
+    report = compared(*sides)
     terminal = Terminal()
+    if both := set.intersection(*({run.path.resolve() for run in side} for side in sides)):
+        terminal.warn(f"the same evaluation is on both sides: {', '.join(map(str, sorted(both)))}")
     if html:
         thumbnails = [own for run in opened for own in read_thumbnails(run.path.parent).items()]
         write_page(html, compare_page(report, dict(thumbnails)))
@@ -82,10 +85,10 @@ def _sides(evaluations: list[Path]) -> tuple[list[Path], list[Path]]:
 
 def _show(terminal: Terminal, report: dict[str, Any]) -> None:
     from minimind_v.core.evaluate.compare import direction
-    from minimind_v.core.wording import chance
+    from minimind_v.core.wording import answer_text, chance, plural
 
     unpaired = f" ({report['unpaired']} without a pair are left out)" if report["unpaired"] else ""
-    terminal.result(f"{report['rows']} questions{unpaired}; B - A:")
+    terminal.result(f"{plural(report['rows'], 'question')}{unpaired}; B - A:")
     width = max(len(metric["name"]) for metric in report["metrics"])
     for metric in report["metrics"]:
         if metric["difference"] is None:
@@ -94,17 +97,18 @@ def _show(terminal: Terminal, report: dict[str, Any]) -> None:
         by_chance = "" if metric["p"] is None else f"  {chance(metric['p'])}"
         shown = f"  {direction(metric, True)}".rstrip() if report["lower_is_better"] else ""
         rows = metric["rows_to_see_half"]
-        power = "" if rows is None else f"  half of this difference needs {rows:,} questions"
+        power = "" if rows is None else f"  half of this difference needs {plural(rows, 'question')}"
         terminal.result(f"{metric['name']:<{width}}  {metric['difference']:+.4f}{interval}{by_chance}{shown}{power}")
     for seeds in report.get("seeds", []):
         deviations = ["one seed" if value is None else f"±{value:.4f}" for value in seeds["deviations"]]
         terminal.result(f"{seeds['name']:<{width}}  between seeds: A {deviations[0]}, B {deviations[1]}")
-    terminal.result(f"{len(report['changed'])} questions changed their score")
+    terminal.result(f"{plural(len(report['changed']), 'question')} changed the score")
     for entry in report["changed"][:SHOWN]:
-        sides = (entry["first"], entry["second"])
-        if not any(sides):  # a loss has no answers
-            sides = (f"{entry['score_first']:.4f}", f"{entry['score_second']:.4f}")
-        line = f"{entry['id']}: {entry['question']} → {entry['truth']}: {sides[0]} / {sides[1]}"
+        if entry["first"] or entry["second"]:
+            sides = f"{answer_text(entry['first'])} / {answer_text(entry['second'])}"
+        else:  # a loss has no answers
+            sides = f"{entry['score_first']:.4f} / {entry['score_second']:.4f}"
+        line = f"{entry['id']}: {entry['question']} → {entry['truth']}: {sides}"
         terminal.result(f"  {readable(line)}")
     if (more := len(report["changed"]) - SHOWN) > 0:
         terminal.result(f"  {more:,} more with --json")

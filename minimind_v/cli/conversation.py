@@ -1,21 +1,17 @@
-"""The conversation of `mmv chat`: lines that are questions, image files or commands."""
+"""The conversation of `mmv chat`: its questions, answers and images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from minimind_v.cli.chat_answers import NO_IMAGE, RIVALS, describe_need, show_answer, show_beside, show_rivals, split
 from minimind_v.cli.chat_images import Display, check_count, read_image
-from minimind_v.cli.chat_save import Talk, as_address, write_of
 from minimind_v.cli.terminal import Terminal
-from minimind_v.cli.typed_line import LineReader, confirm
-from minimind_v.core.errors import MmvError, UsageError, nearest, shorten
-from minimind_v.core.files import write_text
-from minimind_v.core.pages.talk import Exchange
+from minimind_v.cli.typed_line import LineReader
+from minimind_v.core.errors import UsageError, shorten
 from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
@@ -25,7 +21,6 @@ if TYPE_CHECKING:
     from minimind_v.core.generate.session import Session
 
 HELP = "/image FILE adds an image, /new starts over, /help shows all commands, /quit ends; Ctrl-C stops an answer"
-PROMPT = "you> "
 MOST_SHOWN = 4  # images of one line that are drawn
 NONE = "none"  # the value that removes a system prompt or a seed
 
@@ -38,10 +33,6 @@ class Question:
     images: list[tuple[str, np.ndarray]]
     answer: str
     reasoning: str
-
-
-class Leave(Exception):
-    """The user ends the conversation."""
 
 
 class Conversation:
@@ -67,53 +58,6 @@ class Conversation:
         self.offered: list[str] = []  # picture files that were typed as a question
         self.warned = False  # about the missing image
         self.shows_rivals = False
-
-    # --- lines --------------------------------------------------------------------------------------------------------
-
-    def run(self) -> None:
-        """Read lines until the user ends the conversation."""
-        interrupted = False
-        while True:
-            try:
-                line = self.lines.read(PROMPT)
-            except KeyboardInterrupt:
-                if interrupted:
-                    self.terminal.say("")
-                    return
-                interrupted = True
-                self.terminal.say("\nCtrl-C again ends the conversation")
-                continue
-            except EOFError:
-                self.terminal.say("")
-                return
-            interrupted = False
-            try:
-                self.take(line)
-            except Leave:
-                return
-            except KeyboardInterrupt:
-                self.terminal.result("")
-            except MmvError as error:
-                self.terminal.warn(str(error))
-
-    def take(self, line: str) -> None:
-        """Carry out one line: a command, image names, or a question. Raises MmvError, and Leave at the end."""
-        from minimind_v.core.data.picture_names import pictures_in
-
-        offered, self.offered = self.offered, []
-        word, rest = (*line.split(maxsplit=1), "", "")[:2]
-        names = pictures_in(line)
-        if not line.strip():
-            if offered:
-                self.read(offered)
-        elif word in COMMANDS:
-            COMMANDS[word].carry_out(self, rest.strip())
-        elif names and not set(names) <= set(offered):
-            self.offer([*offered, *names])
-        elif word.startswith("/") and not names:
-            raise UsageError(f"unknown command {word}{nearest(word, COMMANDS)} — /help shows all")
-        else:
-            self.ask(line.strip(), self.waiting)
 
     # --- images -------------------------------------------------------------------------------------------------------
 
@@ -194,7 +138,7 @@ class Conversation:
             if self.session.latest is not latest:
                 self._note(question, images, "".join(pieces), instead)
         if self.shows_rivals:
-            self._show_rivals()
+            self.show_rivals()
 
     def _note(self, question: str, images: list[tuple[str, np.ndarray]], text: str, instead: bool) -> None:
         """Note a question that the model has read, and its answer as far as it came."""
@@ -207,14 +151,14 @@ class Conversation:
 
     def again(self, _: str) -> None:
         """Answer the latest question once more."""
-        before = self._latest()
+        before = self.latest()
         self.ask(before.text, before.images, instead=True)
         if not self.session.sampling.temperature and self.asked[-1].answer == before.answer:
             self.terminal.say("temperature 0 gives the same answer each time — /params temperature 0.7 draws others")
 
     def edit(self, _: str) -> None:
         """Change the latest question, whose answer is dropped; its images stay."""
-        before = self._latest()
+        before = self.latest()
         if not self.lines.edits:
             self.terminal.say(f"the latest question: {before.text} — type it anew, or nothing to keep it")
         try:
@@ -228,7 +172,7 @@ class Conversation:
 
     def blank(self, _: str) -> None:
         """Answer the latest question with grey images, and compare."""
-        before = self._latest()
+        before = self.latest()
         if not self.session.images:
             raise UsageError("the conversation has no image — add one with /image FILE")
         with closing(self.session.answer_blank()) as answer:
@@ -236,22 +180,10 @@ class Conversation:
         show_beside(self.terminal, ("with the images", "with grey images"), (before.answer, blank))
         self.terminal.say(describe_need(self.session.trace(), self.session.trace(blank=True)))
 
-    def top(self, text: str) -> None:
-        """Show the rivals of each token, or stop it."""
-        self.shows_rivals = _switch(text, self.shows_rivals)
-        if not self.shows_rivals:
-            self.terminal.say("/top is off")
-        elif self.asked:
-            self._show_rivals()
-        else:
-            self.terminal.say(
-                f"/top is on: each token of an answer is shown with the {RIVALS} likeliest tokens in its place"
-            )
-
-    def _show_rivals(self) -> None:
+    def show_rivals(self) -> None:
         show_rivals(self.terminal, self.session.trace(RIVALS), self.session.engine.tokenizer)
 
-    def _latest(self) -> Question:
+    def latest(self) -> Question:
         if not self.asked:
             raise UsageError("no question was asked yet")
         return self.asked[-1]
@@ -278,93 +210,6 @@ class Conversation:
         again = f"; removed: {_listed(dropped)} — add one again with /image FILE" if dropped else ""
         self.terminal.say(f"a new conversation without images{again}")
 
-    def params(self, text: str) -> None:
-        """Report the settings of sampling, or set one."""
-        values = {field.name: getattr(self.session.sampling, field.name) for field in fields(self.session.sampling)}
-        values |= {"max_new_tokens": self.limit}
-        name, value = (*text.replace("=", " ").split(maxsplit=1), "", "")[:2]
-        name = name.lstrip("-").replace("-", "_")
-        if name and name not in values:
-            raise UsageError(f"unknown setting {name}{nearest(name, values)} — one of {', '.join(values)}")
-        if value:
-            number = _number(name, value)
-            if name == "max_new_tokens":
-                self.limit = _at_least_one(number)
-            else:
-                self.session.sampling = replace(self.session.sampling, **{name: number})
-            values[name] = number
-        for shown in [name] if name else values:
-            self.terminal.say(f"{shown} {NONE if values[shown] is None else values[shown]}")
-
-    def think(self, text: str) -> None:
-        """Let the model reason before it answers, or stop it."""
-        try:
-            self.session.think = _switch(text, self.session.think)
-        except UsageError as error:
-            raise UsageError(str(error).partition(" — ")[0]) from None
-        self.terminal.say(f"/think is {'on' if self.session.think else 'off'}")
-
-    # --- the rest -----------------------------------------------------------------------------------------------------
-
-    def save(self, text: str) -> None:
-        """Write the conversation to a file; one that exists is replaced only after a yes."""
-        path = Path(text.strip("'\"")).expanduser()
-        if not text:
-            raise UsageError("/save needs a file name — for example /save talk.html")
-        make_text = write_of(path)
-        self._latest()
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder — name a file")
-        if path.exists() and not confirm(f"{path} exists — replace it?"):
-            self.terminal.say("not saved")
-            return
-        exchanges = [
-            Exchange(
-                asked.text, asked.answer, asked.reasoning, [(name, as_address(pixels)) for name, pixels in asked.images]
-            )
-            for asked in self.asked
-        ]
-        write_text(path, make_text(Talk(self.model, self.session.system, self.session.sampling, exchanges)))
-        self.terminal.say(f"saved {path}")
-
-    def help(self, _: str) -> None:
-        """List the commands."""
-        width = max(len(f"{name} {command.arguments}") for name, command in COMMANDS.items())
-        lines = [f"{f'{name} {command.arguments}':<{width}}  {command.help}" for name, command in COMMANDS.items()]
-        self.terminal.say(
-            "\n".join([*lines, "Ctrl-C stops an answer; twice at the prompt, or Ctrl-D, it ends the conversation"])
-        )
-
-    def quit(self, _: str) -> None:
-        """End the conversation."""
-        raise Leave
-
-
-@dataclass(frozen=True)
-class TypedCommand:
-    """A command of the conversation."""
-
-    arguments: str
-    help: str
-    carry_out: Callable[[Conversation, str], None]
-
-
-COMMANDS = {
-    "/image": TypedCommand("FILE|ADDRESS|DIR|PATTERN", "adds images to the next question", Conversation.image),
-    "/new": TypedCommand("", "starts over, without images", Conversation.new),
-    "/system": TypedCommand("TEXT|none", "starts over with this system prompt", Conversation.system),
-    "/again": TypedCommand("", "answers the latest question once more", Conversation.again),
-    "/edit": TypedCommand("", "changes the latest question and answers it; its images stay", Conversation.edit),
-    "/blank": TypedCommand("", "answers it with grey images: does the model need them?", Conversation.blank),
-    "/top": TypedCommand("on|off", f"shows the {RIVALS} likeliest tokens in the place of each token", Conversation.top),
-    "/params": TypedCommand("NAME VALUE", "shows or sets temperature, top_p, seed and the others", Conversation.params),
-    "/think": TypedCommand("on|off", "lets the model reason before it answers", Conversation.think),
-    "/save": TypedCommand("FILE", "writes the conversation as .md, .json or .html", Conversation.save),
-    "/help": TypedCommand("", "shows this", Conversation.help),
-    "/quit": TypedCommand("", "ends the conversation", Conversation.quit),
-    "/exit": TypedCommand("", "ends it, too", Conversation.quit),
-}
-
 
 def _kept(pieces: Generator[str], kept: list[str]) -> Generator[str]:
     """The same pieces, each also added to a list."""
@@ -375,27 +220,3 @@ def _kept(pieces: Generator[str], kept: list[str]) -> Generator[str]:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(shorten(name, 120) for name in names)
-
-
-def _switch(text: str, present: bool) -> bool:
-    """On or off; the other one without a text. Raises UsageError for any other text."""
-    if text not in ("", "on", "off"):
-        raise UsageError(f"on or off, not {text!r}")
-    return text == "on" if text else not present
-
-
-def _number(name: str, text: str) -> Any:
-    """The value of a setting. Raises UsageError for a text that is no such number."""
-    if name == "seed" and text == NONE:
-        return None
-    kind = int if name in ("seed", "top_k", "max_new_tokens") else float
-    try:
-        return kind(text)
-    except ValueError:
-        raise UsageError(f"{name} is a {'whole ' * (kind is int)}number, not {text!r}") from None
-
-
-def _at_least_one(number: int) -> int:
-    if number < 1:
-        raise UsageError(f"max_new_tokens must be at least 1, not {number}")
-    return number

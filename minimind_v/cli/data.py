@@ -163,7 +163,7 @@ def split(
     terminal = Terminal()
     rows = _open(terminal, file, split, images)
     with terminal.progress("split") as progress:
-        done = run(rows, out, held_out, seed, overwrite, progress)
+        done = run(rows, out, held_out, seed, overwrite, progress.begin)
     where = f"; the images of both are in {rows.pictures} (--images)" if rows.pictures else ""
     terminal.say(
         f"{done.train}: {plural(done.train_rows, 'row')}; {done.held_out}: {plural(done.held_out_rows, 'row')}{where}"

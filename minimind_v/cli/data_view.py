@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,13 +13,14 @@ from minimind_v.cli import options
 from minimind_v.cli.command import Table, advanced
 from minimind_v.cli.run_options import Stage
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.errors import MmvError, UsageError, open_all
+from minimind_v.core.errors import MissingInput, MmvError, UsageError, open_all
 from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
     from minimind_v.core.config.generation import Generation
     from minimind_v.core.config.schema import RunConfig
     from minimind_v.core.data.prompt import PromptEncoder
+    from minimind_v.core.data.tokenizer import Tokenizer
     from minimind_v.core.model.vision.spec import VisionSpec
     from minimind_v.core.rows.row import RowStore
 
@@ -121,7 +123,7 @@ def open_data(
     """
     from minimind_v.core.config.load import build_config
     from minimind_v.core.data.prompt import PromptEncoder
-    from minimind_v.core.formats.generations import open_spec, open_tokenizer
+    from minimind_v.core.formats.generations import open_spec
     from minimind_v.core.model.projector import projected
     from minimind_v.core.rows.pictures import find_pictures
     from minimind_v.core.rows.stores import find_rows, open_rows
@@ -137,7 +139,7 @@ def open_data(
     _, _, tokens, spec, _ = open_all(
         lambda: find_rows(file),
         lambda: find_pictures(recipe.data.images),
-        lambda: open_tokenizer(recipe.data.tokenizer, None, generation, None),
+        lambda: _open_tokenizer(recipe.data.tokenizer, generation),
         lambda: projected(open_spec(recipe.vision_model, generation, None, tower), recipe.projector),
         lambda: against and find_rows(against),
     )
@@ -148,6 +150,21 @@ def open_data(
             f"{spec.image_size} × {spec.image_size}, {spec.tokens_per_image} tokens per image"
         )
     return recipe, store, PromptEncoder(tokens, spec.tokens_per_image), spec
+
+
+def _open_tokenizer(folder: Path, generation: Generation) -> Tokenizer:
+    """The tokenizer in a folder. Raises MissingInput, which also names that of a demo in the working folder."""
+    from minimind_v.core.formats.generations import open_tokenizer
+    from minimind_v.core.paths import DEMO_3V_DIR, DEMO_DIR
+
+    try:
+        return open_tokenizer(folder, None, generation, None)
+    except MissingInput as error:
+        demo = next((demo for demo in (DEMO_DIR, DEMO_3V_DIR) if (demo / folder).is_dir()), None)
+        if folder != generation.tokenizer or demo is None:
+            raise
+        options = shlex.join(["--tokenizer", str(demo / folder), "--vision-model", str(demo / generation.vision_model)])
+        raise MissingInput(f"{error}, or read rows as the demo's model does: {options}") from None
 
 
 def _generation_of(preset: str | None, tokenizer: Path | None) -> Generation:

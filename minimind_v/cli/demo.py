@@ -40,8 +40,8 @@ def demo(
 
     terminal = Terminal()
 
-    def announce(title: str, command: str) -> None:
-        terminal.say(f"\n── {title}" + (f"\n   $ {command}" if command else ""))
+    def announce(title: str, commands: list[str]) -> None:
+        terminal.say("\n   $ ".join([f"\n── {title}", *commands]))
 
     form = DEMO_GENERATIONS[generation.value]
     out = out or form.out

@@ -93,7 +93,9 @@ def download(
     from minimind_v.core.hub.fetch import HUBS, Download
     from minimind_v.core.hub.sources import SPLITS
     from minimind_v.core.hub.wanted import benchmark_parts, download_parts
+    from minimind_v.core.outputs import check_folder
 
+    check_folder(root, "--dir")
     one_of("preset", preset, PUBLISHED)
     benchmark = None if task is None else _benchmark(task, what, hub, bool(sample or split))
     if (sample or split) and what not in (What.all, What.dataset):

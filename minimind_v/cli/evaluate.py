@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,10 +16,11 @@ from minimind_v.cli.command import advanced
 from minimind_v.cli.options import complete
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.config.schema import DTYPES, one_of
-from minimind_v.core.errors import UsageError, open_all, shorten
+from minimind_v.core.errors import MissingInput, UsageError, open_all, shorten
 from minimind_v.core.paths import OUT_DIR
 
 if TYPE_CHECKING:
+    from minimind_v.core.config.schema import DataConfig
     from minimind_v.core.evaluate.by_task import ChosenTask
     from minimind_v.core.evaluate.run import Scores
     from minimind_v.core.formats.load import LoadedModel
@@ -96,9 +98,7 @@ def evaluate(
 
     With --task: its metrics with intervals, what the images add, and every answer in a file for `mmv compare`.
     """
-    from minimind_v.core.config.load import build_config, images_beside
-    from minimind_v.core.rows.pictures import find_pictures
-    from minimind_v.core.rows.stores import find_rows
+    from minimind_v.core.config.load import images_beside
 
     one_of("dtype", dtype, DTYPES)
     terminal = Terminal()
@@ -110,49 +110,46 @@ def evaluate(
         how = (split, limit, dtype, vision_model, tokenizer, device)
         return _watch(watch, (model, out, gpus), chosen, data, images, how, json)
     if is_standard := data is None:
-        standard = build_config("sft", options={"data": os.environ.get(options.ENVIRONMENT["data"]) or None}).data
+        standard = _standard_data(model)
         data, images, limit = standard.file, images or standard.images, limit or FIRST
     images = images or images_beside(data)
-    _, _, loaded = open_all(
-        lambda: find_rows(data),
-        lambda: find_pictures(images),
+    rows, loaded = open_all(
+        lambda: _open(terminal, chosen, data, images, split, (out, gpus, device)),
         lambda: options.load(model, vision_model, tokenizer, device, terminal.say),
     )
-    note = f"scoring rows of {data}, which may be training data: name held-out rows with --data" if is_standard else ""
-    if note:
+    note = ""
+    if is_standard:
+        note = f"scoring rows of {data}, which may be training data: name held-out rows with --data"
         terminal.warn(note)
     terminal.say(str(loaded.receipt))
     if chosen is not None:
         settings: dict[str, Any] = {"out": out, "root": options.folder("out", OUT_DIR), "limit": limit, "dtype": dtype}
-        settings["note"], settings["models"] = note, _models(loaded, gpus, device, vision_model, tokenizer)
-        by_task = _by_task(terminal, loaded, chosen, data, images, split, settings)
+        settings["note"], settings["models"] = note, _models(loaded, gpus, vision_model, tokenizer)
+        by_task = _by_task(terminal, loaded, chosen, rows, settings)
         terminal.json(by_task) if json else _show_report(terminal, by_task)
         return
     settings = {"batch_size": batch_size or BATCH_SIZE, "limit": limit, "dtype": dtype}
-    report = _by_loss(terminal, loaded, data, images, split, max_length or MAX_LENGTH, blind, settings)
-    report |= {"note": note} if note else {}
+    scores = _score(terminal, loaded, rows, max_length or MAX_LENGTH, blind, settings)
+    _show_rows(terminal, scores["seeing"])
+    report = _report(loaded.checkpoint.path, rows, scores) | ({"note": note} if note else {})
     shown = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in report.items()}
     terminal.json(report) if json else terminal.table(shown)
 
 
-def _by_loss(
-    terminal: Terminal,
-    loaded: LoadedModel,
-    data: Path,
-    images: Path | None,
-    split: str | None,
-    max_length: int,
-    blind: bool,
-    how: dict[str, Any],
-) -> dict[str, Any]:
-    """Measure without a task; returns the report."""
-    from minimind_v.core.rows.splits import SCORE
-    from minimind_v.core.rows.stores import open_rows
+def _standard_data(model: Path | None) -> DataConfig:
+    """The rows of --data, where it is not given; they may be in the folder of the model's project, such as the demo."""
+    from minimind_v.core.config.load import build_config
+    from minimind_v.core.hub.sources import latest_model, weights_at
 
-    rows = open_rows(data, images, split, terminal.say, SCORE)
-    scores = _score(terminal, loaded, rows, max_length, blind, how)
-    _show_rows(terminal, scores["seeing"])
-    return _report(loaded.checkpoint.path, data, rows.split, scores)
+    of_variable = os.environ.get(options.ENVIRONMENT["data"])
+    standard = build_config("sft", options={"data": of_variable or None}).data
+    if of_variable or standard.file.exists():
+        return standard
+    with suppress(MissingInput):
+        weights = weights_at(model) if model else latest_model(lambda message: None, options.folder("out", OUT_DIR))
+        if (file := weights.parent.parent / standard.file).exists():
+            return build_config("sft", options={"data": file}).data
+    return standard
 
 
 def _choose(task: str | None, without: dict[str, int | None], with_task: dict[str, bool]) -> ChosenTask | None:
@@ -199,16 +196,46 @@ def _watch(
     watch_run(Terminal(), run, Measuring(chosen, data, images or images_beside(data), *how), json)
 
 
+def _open(
+    terminal: Terminal,
+    chosen: ChosenTask | None,
+    data: Path,
+    images: Path | None,
+    split: str | None,
+    others: tuple[Path | None, int, str],
+) -> RowStore:
+    """The rows. Raises MissingInput, and UsageError also for the `others` of a task: --out, --gpus with --device."""
+    from minimind_v.core.rows.pictures import find_pictures
+    from minimind_v.core.rows.splits import SCORE
+    from minimind_v.core.rows.stores import find_rows, open_rows
+
+    open_all(lambda: find_rows(data), lambda: find_pictures(images))
+    if chosen is None:
+        return open_rows(data, images, split, terminal.say, SCORE)
+    from minimind_v.core.device import check_room
+    from minimind_v.core.evaluate.benchmarks import open_benchmark
+    from minimind_v.core.evaluate.by_task import check_out
+    from minimind_v.core.pages.eval_report import PAGE
+    from minimind_v.core.pages.frame import check_page
+
+    out, gpus, device = others
+    check_out(out)
+    if out is not None:
+        check_page(out / PAGE)
+    if gpus > 1:
+        check_room(device, gpus)
+    return open_benchmark(data, images, split, terminal.say, chosen.names)
+
+
 def _models(
-    loaded: LoadedModel, gpus: int, device: str, vision_model: Path | None, tokenizer: Path | None
+    loaded: LoadedModel, gpus: int, vision_model: Path | None, tokenizer: Path | None
 ) -> list[Callable[[], LoadedModel]]:
-    """How each of several processes opens this model; empty for one. Raises UsageError where there are fewer GPUs."""
-    from minimind_v.core.device import check_room, pick_device
+    """How each of several processes opens this model; empty for one."""
+    from minimind_v.core.device import pick_device
     from minimind_v.core.formats.load import load
 
     if gpus == 1:
         return []
-    check_room(device, gpus)
     kind = loaded.model.device.type
     devices = [f"{kind}:{number}" if kind == "cuda" else str(pick_device(kind, number)) for number in range(gpus)]
     return [partial(load, loaded.checkpoint.path, vision_model, tokenizer, name) for name in devices]
@@ -218,27 +245,15 @@ def _by_task(
     terminal: Terminal,
     loaded: LoadedModel,
     chosen: ChosenTask,
-    data: Path,
-    images: Path | None,
-    split: str | None,
+    rows: RowStore,
     how: dict[str, Any],
 ) -> dict[str, Any]:
     """Measure by a task and write its page; returns the report."""
-    from minimind_v.core.evaluate.benchmarks import open_benchmark
     from minimind_v.core.evaluate.by_task import evaluate_task
-    from minimind_v.core.evaluate.run import features_beside
-    from minimind_v.core.pages.eval_report import PAGE, write_eval_report
-    from minimind_v.core.pages.frame import check_page
+    from minimind_v.core.pages.eval_report import write_eval_report
 
-    if how["out"]:
-        check_page(how["out"] / PAGE)
-    rows = open_benchmark(data, images, split, terminal.say, chosen.names)
-    model, weights = loaded.model, loaded.checkpoint.path
-    cache = features_beside(model, weights, how["dtype"], len(rows), terminal.say, terminal.warn)
     with terminal.progress(f"eval {chosen.task.name}") as progress:
-        result = evaluate_task(loaded, chosen, rows, memory=cache, progress=progress, **how)
-    for skipped in result.skipped[:5]:
-        terminal.warn(f"skipped: {skipped}")
+        result = evaluate_task(loaded, chosen, rows, progress=progress, say=terminal.say, warn=terminal.warn, **how)
     return result.report | {"page": str(write_eval_report(result))}
 
 
@@ -247,7 +262,8 @@ def _show_report(terminal: Terminal, report: dict[str, Any]) -> None:
     from minimind_v.core.curate.token_text import visible
     from minimind_v.core.evaluate.results import most_frequent_kinds
 
-    lines = {key: report[key] for key in ("model", "data", "task", "rows", "pictures", "skipped")}
+    lines = {key: report[key] for key in ("model", "data", "task", "rows")}
+    lines |= {"images": report["pictures"], "skipped": report["skipped"]}
     gains = {variant: gain for variant, gain in report["visual_gain"].items() if gain["value"] is not None}
     for variant, gain in gains.items():
         value = report["variants"][variant]
@@ -310,10 +326,10 @@ def _show_rows(terminal: Terminal, scores: Scores) -> None:
         terminal.say(line)
 
 
-def _report(model: Path, data: Path, split: str, scores: dict[str, Scores]) -> dict[str, Any]:
+def _report(model: Path, rows: RowStore, scores: dict[str, Scores]) -> dict[str, Any]:
     seeing = scores["seeing"]
     report: dict[str, Any] = {
-        "model": str(model), "data": str(data), **({"split": split} if split else {}),
+        "model": str(model), "data": str(rows.path), **({"split": rows.split} if rows.split else {}),
         "rows": seeing.rows, "broken_rows": len(seeing.broken), "text_rows": seeing.text_rows,
         "supervised_tokens": seeing.supervised_tokens, "short_answers": seeing.short_answers,
     }  # fmt: skip

@@ -10,11 +10,17 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError, nearest
-from minimind_v.core.hub.sources import PICTURE_ENDINGS, ROWS, WEIGHTS_ENDINGS, weights_at
+from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError, nearest_file
+from minimind_v.core.hub.sources import PICTURE_ENDINGS, ROWS, WEIGHTS_ENDINGS, weights_of_run
 
 if TYPE_CHECKING:
     from minimind_v.core.formats.checkpoint import Checkpoint
+
+LABELS = {"bytes": "size", "seconds": "time", "data_seconds": "time_for_data"}  # of values that have units
+# Settings of a mixture of experts.
+EXPERTS = (
+    "use_moe", "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "aux_loss_alpha", "aux_loss_scope",
+)  # fmt: skip
 
 
 def info(
@@ -22,20 +28,52 @@ def info(
         Path, typer.Argument(metavar="FILE", help="Checkpoint, exported folder, dataset, run folder or metrics.jsonl.")
     ],
     split: options.Split = None,
+    images: options.Images = None,
     json: options.Json = False,
 ) -> None:
     """Describe a checkpoint, an exported folder, a dataset or a run."""
     if not file.exists():
-        beside = [path.name for path in file.parent.glob("*")]
-        raise MissingInput(f"no file {file}{nearest(file.name, beside)}")
-    description = _described(file, split)
-    if split is not None and description["kind"] != "dataset":
-        raise UsageError(f"--split {split}: {file} is not a dataset — remove --split")
+        kinds = (WEIGHTS_ENDINGS, ROWS, PICTURE_ENDINGS)
+        endings = next((endings for endings in kinds if file.name.endswith(endings)), ("",))
+        raise MissingInput(f"no file {file}{nearest_file(file, endings, folders=True)}")
+    description = _described(file, split, images)
+    for option, value in (("--split", split), ("--images", images)):
+        if value is not None and description["kind"] != "dataset":
+            raise UsageError(f"{option} {value}: {file} is not a dataset — remove {option}")
     terminal = Terminal()
-    terminal.json(description) if json else terminal.table(description)
+    terminal.json(description) if json else terminal.table(_for_people(description))
 
 
-def _described(file: Path, split: str | None = None) -> dict[str, Any]:
+def _for_people(description: dict[str, Any]) -> dict[str, str]:
+    """The values with units, rounded; without empty ones, and without those of experts that a dense model lacks."""
+    dense = () if description.get("use_moe") else EXPERTS
+    return {
+        LABELS.get(name, name): _for_person(name, value)
+        for name, value in description.items()
+        if value not in (None, "", []) and name not in dense
+    }
+
+
+def _for_person(name: str, value: Any) -> str:
+    from minimind_v.core.pages.run_report import duration
+    from minimind_v.core.wording import size
+
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if name == "bytes":
+        return size(value)
+    if name in ("seconds", "data_seconds"):
+        return duration(value)
+    if name == "token_accuracy":
+        return f"{value:.1%}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _described(file: Path, split: str | None, images: Path | None) -> dict[str, Any]:
     """The description of a file, by its name first: only weights need torch."""
     ending = file.suffix.lower()
     if file.is_file() and ending == ".zip":
@@ -45,7 +83,7 @@ def _described(file: Path, split: str | None = None) -> dict[str, Any]:
     if (file / "config.json").is_file():
         return _weights(file) | _export(file)
     if _is_data(file):
-        return _data(file, split)
+        return _data(file, split, images)
     if file.name == "metrics.jsonl" or (file / "metrics.jsonl").is_file():
         return _run(file / "metrics.jsonl" if file.is_dir() else file)
     from minimind_v.core.formats.gguf.read import describe_gguf, is_gguf
@@ -81,7 +119,7 @@ def _picture(file: Path) -> dict[str, Any]:
 
     width, height = decode(file.read_bytes(), str(file)).size
     size = file.stat().st_size
-    return {"kind": "picture", "file": str(file), "width": width, "height": height, "bytes": size}
+    return {"kind": "image", "file": str(file), "width": width, "height": height, "bytes": size}
 
 
 def _weights(file: Path) -> dict[str, Any]:
@@ -147,12 +185,12 @@ def _export(folder: Path) -> dict[str, Any]:
     }
 
 
-def _data(file: Path, split: str | None) -> dict[str, Any]:
+def _data(file: Path, split: str | None, images: Path | None) -> dict[str, Any]:
     from minimind_v.core.config.load import images_beside
     from minimind_v.core.files import size_of
     from minimind_v.core.rows.stores import open_rows
 
-    rows = open_rows(file, images_beside(file), split, say=Terminal().say)
+    rows = open_rows(file, images or images_beside(file), split, say=Terminal().say)
     try:
         first = rows.row(0)
     except RowError as error:
@@ -165,7 +203,7 @@ def _data(file: Path, split: str | None) -> dict[str, Any]:
         "form": first.form or "unknown: no conversation in the first row",
         "rows": len(rows),
         "bytes": size_of(file),
-        "pictures": str(rows.pictures or ""),
+        "images": str(rows.pictures or ""),
         "first_row_images": first.images,
         "first_row_messages": len(first.conversations) if isinstance(first.conversations, list) else 0,
     }
@@ -183,7 +221,7 @@ def _run(file: Path) -> dict[str, Any]:
             f"{file.parent} is not itself a model, dataset or run — name one of its files: {', '.join(files[:5])}"
         )
     metrics = read_metrics(file)
-    weights = weights_at(file.parent)
+    weights = weights_of_run(file.parent)
     result = {} if weights == file.parent else {"weights": str(weights)}
     about = {"first_loss": metrics[0]["loss"], "records": len(metrics)}
     return {"kind": "run", "file": str(file)} | result | about | metrics[-1]

@@ -113,6 +113,9 @@ class TrainView(Listener):
     def warning(self, text: str) -> None:
         self.terminal.warn(text)
 
+    def lost(self, text: str) -> None:
+        self.terminal.warn(text, always=True)
+
     def step(self, metrics: StepMetrics, logged: bool) -> None:
         if self.recent and metrics.step <= self.recent[-1].step:  # another run begins, as in the demo
             self._reset()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,13 +13,14 @@ import typer
 from minimind_v.cli import options
 from minimind_v.cli.chat_images import read_image
 from minimind_v.cli.command import Command, advanced
-from minimind_v.cli.terminal import Terminal
+from minimind_v.cli.terminal import Terminal, command_line
 from minimind_v.core.errors import UsageError, open_all
 
 if TYPE_CHECKING:
     from minimind_v.core.data.picture_names import Picture
     from minimind_v.core.formats.load import LoadedModel
-    from minimind_v.core.generate.trace import Trace
+    from minimind_v.core.generate.trace import TraceSettings
+    from minimind_v.core.generate.traced import Trace
 
 EXAMPLE = "mmv look dog.jpg 'What is this?'"
 
@@ -62,13 +63,14 @@ def look(
 
     terminal = Terminal()
     names, question = _check(arguments, swap or [], html, model)
-    pictures, others, loaded = open_all(
+    pictures, others, settings, loaded = open_all(
         lambda: read_pictures(names, _read),
         lambda: read_pictures(swap or [], _read),
+        lambda: _settings(answer, max_new_tokens, occlusion),
         lambda: options.load(model, vision_model, tokenizer, device, terminal.say),
     )
-    how = {"answer": answer, "max_new_tokens": max_new_tokens, "occlusion": occlusion}
-    trace = _trace(loaded, question, pictures, others, think, how)
+    with terminal.progress("occlusion") if occlusion else nullcontext() as progress:
+        trace = _trace(loaded, question, pictures, others, think, settings, progress)
     if html:
         from minimind_v.core.pages.microscope import write_microscope
 
@@ -91,7 +93,7 @@ def _check(
     arguments: Sequence[str], swap: Sequence[str], html: Path | None, model: Path | None
 ) -> tuple[list[str], str]:
     """The names of the images, and the question. Raises UsageError before anything is read."""
-    from minimind_v.core.data.picture_names import check_marks, pictures_in
+    from minimind_v.core.data.picture_names import check_question, pictures_in
     from minimind_v.core.outputs import keep_inputs
     from minimind_v.core.pages.frame import check_page
 
@@ -100,14 +102,18 @@ def _check(
         raise UsageError(f"{question!r}: an image and a question are needed — {EXAMPLE}")
     if "" in (*names, *swap):
         raise UsageError("the name of an image is empty — name a file")
+    texts = [name for name in names if not pictures_in(name)]
+    if pictures_in(question) and len(texts) == 1:
+        pictures = [word for word in arguments if word not in texts]
+        raise UsageError(f"the question stands last: {command_line('look', *pictures, *texts)}")
     if pictures_in(question):
-        command = shlex.join(["mmv", "look", *arguments, "What is in the image?"])
+        command = command_line("look", *arguments, "What is in the image?")
         raise UsageError(f"the last argument is an image file, not a question — {command}")
     begin = next((n for n, name in enumerate(names) if n and name.isalpha() and not Path(name).exists()), None)
     if begin:
-        command = shlex.join(["mmv", "look", *names[:begin], " ".join([*names[begin:], question])])
+        command = command_line("look", *names[:begin], " ".join([*names[begin:], question]))
         raise UsageError(f"put the question in quotes: {command}")
-    check_marks(question, len(names))
+    check_question(question, len(names))
     if swap and len(swap) != len(names):
         raise UsageError(f"{len(swap)} images for --swap and {len(names)} of the question — give one for each")
     if html:
@@ -116,15 +122,28 @@ def _check(
     return names, question
 
 
+def _settings(answer: str | None, max_new_tokens: int, occlusion: bool) -> TraceSettings:
+    from minimind_v.core.generate.trace import TraceSettings
+
+    return TraceSettings(answer, max_new_tokens, occlusion=occlusion)
+
+
 def _trace(
-    loaded: LoadedModel, question: str, pictures: Sequence[Any], others: Sequence[Any], think: bool, how: dict[str, Any]
+    loaded: LoadedModel,
+    question: str,
+    pictures: Sequence[Any],
+    others: Sequence[Any],
+    think: bool,
+    settings: TraceSettings,
+    progress: Callable[[int, int], None] | None,
 ) -> Trace:
     from minimind_v.core.generate.engine import Engine
-    from minimind_v.core.generate.trace import TraceSettings, trace_answer
+    from minimind_v.core.generate.trace import trace_answer
 
     engine = Engine(loaded.model, loaded.tokenizer, most_rows=1)
     text, pixels = engine.processor.question(question, list(pictures))
-    settings = TraceSettings(**how, swap=[engine.processor.pixels(picture) for picture in others])
+    settings = replace(settings, swap=[engine.processor.pixels(picture) for picture in others])
     messages = [{"role": "user", "content": text}]
     prompt = engine.prompt(messages, pixels, settings.max_new_tokens, think)
-    return replace(trace_answer(engine, prompt, settings, question), model=str(loaded.checkpoint.path))
+    trace = trace_answer(engine, prompt, settings, question, progress=progress)
+    return replace(trace, model=str(loaded.checkpoint.path))

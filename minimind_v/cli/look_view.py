@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-    from minimind_v.core.generate.trace import Trace, TracedImage
+    from minimind_v.core.generate.traced import Trace, TracedImage
 
 FULL = 8.0  # bits of the strongest colour
 GAIN, LOSS, HEAT = (18, 165, 148), (229, 130, 74), (255, 190, 60)
 SHOWN = 0.001  # of probability: a rival with less is left out
 GRID_WIDTH = 7  # cells of a patch's word, at most
+WIDE = 64  # cells of a terminal that has room for all columns of the table of tokens
 PICTURE_WIDTH = 44  # cells of an image
 IMAGES = {
     "grey": "grey image", "mirrored": "mirrored image", "rotated": "images in another order",
@@ -33,11 +34,12 @@ IMAGES = {
 def show_trace(terminal: Terminal, trace: Trace) -> None:
     """Write the answer coloured by the bits that the image gives, tokens and rivals, the image, words of patches."""
     out = terminal.out
+    out.soft_wrap = not out.is_terminal  # there, lines break between words
     out.print(_answer(trace))
     bits, blank = sum(token.bits for token in trace.tokens), sum(token.bits_blank for token in trace.tokens)
     gain = f"The image gives {blank - bits:.1f} bits to this answer"
     out.print(Text(f"\n{gain}: {bits:.1f} bits of surprise with it, {blank:.1f} with a grey image.", "bold"))
-    out.print(_tokens(trace))
+    out.print(_tokens(trace, out.width))
     for number, image in enumerate(trace.images):
         _show_image(terminal, trace, number, image)
     for variant in trace.variants.values():
@@ -54,9 +56,10 @@ def _answer(trace: Trace) -> Text:
     return Text.assemble(*pieces)
 
 
-def _tokens(trace: Trace) -> Table:
+def _tokens(trace: Trace, width: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
-    for name in ("token", "probability", "bits", "grey image", "from the image", "rivals"):
+    bits = ("bits", "grey image") if width >= WIDE else ()
+    for name in ("token", "probability", *bits, "from the image", "rivals"):
         is_last = name == "rivals"  # it has what the others leave
         justify: JustifyMethod = "left" if is_last or name == "token" else "right"
         table.add_column(name, justify=justify, no_wrap=True, ratio=1 if is_last else None)
@@ -66,7 +69,7 @@ def _tokens(trace: Trace) -> Table:
             if word.value >= SHOWN:
                 rivals.append(visible(word.text).strip() or "␣").append(f" {word.value:.1%}  ", "dim")
         gain = Text(f"{round(token.gain, 2) + 0:+.2f}", "bold" if abs(token.gain) >= 1 else "dim")
-        numbers = f"{token.probability:.1%}", f"{token.bits:.2f}", f"{token.bits_blank:.2f}"
+        numbers = [f"{token.probability:.1%}", f"{token.bits:.2f}", f"{token.bits_blank:.2f}"][: len(bits) + 1]
         table.add_row(Text(visible(token.text)), *numbers, gain, rivals)
     return table
 

@@ -10,6 +10,7 @@ import typer
 from minimind_v.cli import options
 from minimind_v.cli.run_options import Config, Sets, Stage, resolve_run, with_batch_size
 from minimind_v.cli.terminal import Terminal
+from minimind_v.core.config.recipes import NO_INIT
 
 
 def plan(
@@ -25,12 +26,19 @@ def plan(
     as `mmv train`.
     """
     from minimind_v.core.config.limits import check_machine
-    from minimind_v.core.formats.inputs import find_inputs
+    from minimind_v.core.config.presets import name_preset
+    from minimind_v.core.formats.inputs import find_init, find_inputs, weights_of_other_size
 
     resolved, terminal = resolve_run(ctx, stage, config, settings, sets), Terminal()
-    check_machine(resolved.config)
-    find_inputs(replace(resolved.config, init=None))  # it measures with random weights
-    from minimind_v.core.pages.run_report import shown
+    run = resolved.config
+    check_machine(run)
+    if weights_of_other_size(run):
+        find_init(run)  # raises, as training would
+    find_inputs(replace(run, init=None))  # it measures with random weights
+    absent = ", which do not exist yet" if run.init and run.init != NO_INIT and not run.init.exists() else ""
+    sizes = f"preset {name_preset(run.model) or 'of its own sizes'}"
+    terminal.say(f"{stage.value}, {sizes}: data {run.data.file}, weights {run.init or NO_INIT}{absent}")
+    from minimind_v.core.pages.run_report import LABELS, shown
     from minimind_v.core.train.forecast import plan as forecast
 
     run, _ = with_batch_size(resolved)
@@ -41,9 +49,9 @@ def plan(
         return
     if report["warning"]:
         terminal.warn(report["warning"])
-    labels = {"updates": "steps", "samples": "samples", "tokens": "tokens", "supervised_tokens": "supervised tokens",
-              "seconds": "seconds", "memory_bytes": "memory", "disk_bytes": "disk", "cost": "cost"}  # fmt: skip
-    values = {label: shown(key, report[key]) for key, label in labels.items()}
+    values = {label: shown(key, report[key]) for key, label in LABELS.items()}
+    if report["cost"] is not None:
+        values["cost"] += ", in the currency of --price-per-hour"
     terminal.table(
         {label: value for label, value in values.items() if value != "–"}
         | {"learning rate": "from {:.2g} down to {:.2g}".format(*report["learning_rate"]), "how": report["how"]}

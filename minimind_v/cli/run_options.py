@@ -14,7 +14,7 @@ from minimind_v.cli import options
 from minimind_v.cli.command import ADVANCED, POLICIES, Table, advanced
 from minimind_v.cli.options import ENVIRONMENT, complete
 from minimind_v.core.config.presets import PRESETS
-from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES, TRACKERS, VALIDATION
+from minimind_v.core.config.schema import DTYPES, FEATURES, FREEZE_POLICIES, REDUCE_DTYPES, TRACKERS, VALIDATION
 
 if TYPE_CHECKING:
     from minimind_v.core.config.load import Resolved
@@ -104,6 +104,11 @@ RUN_OPTIONS: Table = {
     "seed": _advanced(int, "Seed of the order of rows and of new weights."),
     "dtype": _advanced(
         str, f"Type of the computation: {', '.join(DTYPES)}.", metavar="TYPE", autocompletion=complete(DTYPES)
+    ),
+    "reduce_dtype": _advanced(
+        str, f"Type of the gradients that several processes exchange: {', '.join(REDUCE_DTYPES)}. bfloat16 halves the "
+        "bytes, and rounds gradients.",
+        metavar="TYPE", autocompletion=complete(REDUCE_DTYPES),
     ),
     "deterministic": (
         Annotated[

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 import webbrowser
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,6 +31,11 @@ class ServeCommand(Command):
     """A command that takes several models."""
 
     once = ("host", "port")
+
+    def too_many(self, values: dict[str, Any], extra: Sequence[str]) -> str:
+        """The message about words, which may be meant as models."""
+        options = [option for word in extra for option in ("--model", word)]
+        return f"each model needs its own --model: {shlex.join(['mmv', str(self.name), *options])}"
 
 
 Models = Annotated[

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
@@ -31,9 +31,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from minimind_v.cli.word_wrap import Unchanged, WordWrap, wrap
 from minimind_v.core.errors import MmvError, readable
 from minimind_v.core.files import as_json
-from minimind_v.core.train.launch import report_to_launcher
+from minimind_v.core.train.launch import PROGRAM, report_to_launcher
 
 
 class Verbosity(IntEnum):
@@ -49,15 +50,17 @@ class Terminal:
 
     verbosity = Verbosity.normal  # of the whole program
 
-    def __init__(self, plain: bool = False) -> None:
-        """`plain`: without colours and styles, also on a terminal."""
+    def __init__(self, plain: bool = False, wraps: bool = False) -> None:
+        """`plain`: without colours and styles, also on a terminal; `wraps`: lines break between words there."""
+        self._wraps = wraps
         style: dict[str, Any] = {"highlight": False, "soft_wrap": True} | ({"color_system": None} if plain else {})
         self.out = Console(**style)
-        self.err = Console(stderr=True, quiet=self.verbosity is Verbosity.quiet, **style)
+        self._loud = Console(stderr=True, **style)  # also with --quiet
+        self.err = Console(stderr=True, quiet=True, **style) if self.verbosity is Verbosity.quiet else self._loud
 
     def say(self, message: str) -> None:
         """Write a message about the progress of a command."""
-        self.err.print(escape(message))
+        self.err.print(escape(self._lines(message)))
 
     def record(self, line: str) -> None:
         """Write a line of a log to stderr, unchanged."""
@@ -76,18 +79,34 @@ class Terminal:
         if self.verbosity is Verbosity.detail:
             self.err.print(Text(message, "dim"))
 
-    def warn(self, message: str) -> None:
-        self.err.print(f"[yellow]{escape(readable(message))}[/yellow]")
+    def warn(self, message: str, always: bool = False) -> None:
+        """Write a warning; `always`, since a result is lost, also where --quiet is given."""
+        console = self._loud if always and self.err.quiet else self.err
+        console.print(f"[yellow]{escape(self._lines(readable(message)))}[/yellow]")
 
-    def fail(self, message: str) -> None:
-        """Write an error, also where --quiet is given."""
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"[bold red]error:[/bold red] {escape(readable(message))}")
+    def fail(self, message: str, *items: str) -> None:
+        """Write an error, with each item on a line below it, also where --quiet is given."""
+        self._loud.print(f"[bold red]error:[/bold red] {escape(readable(message))}")
+        for item in items:
+            self._loud.print(f"  {escape(readable(item))}")
 
     def result(self, text: str, end: str = "\n") -> None:
         """Write a result to stdout, unchanged."""
         sys.stdout.write(text + end)
         sys.stdout.flush()
+
+    def _lines(self, message: str) -> str:
+        return wrap(message, self.err.width) if self._wraps_on(self.err) else message
+
+    def _wraps_on(self, console: Console) -> bool:
+        return self._wraps and console.file.isatty()
+
+    def streams(self) -> tuple[WordWrap | Unchanged, WordWrap | Unchanged]:
+        """Where a text that comes in pieces is written: a model's answer, and its reasoning."""
+        return self._stream(self.out, lambda text: self.result(text, end="")), self._stream(self.err, self.reasoning)
+
+    def _stream(self, console: Console, write: Callable[[str], None]) -> WordWrap | Unchanged:
+        return WordWrap(write, lambda: console.width) if self._wraps_on(console) else Unchanged(write)
 
     def reasoning(self, text: str) -> None:
         """Write a piece of a model's reasoning, dimmed."""
@@ -129,8 +148,7 @@ class ProgressLine:
         self.what = what
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._tenth = 0  # the last reported one
-        self._then = (time.monotonic(), 0)  # when it was reported, and what was done
+        self._restart()
 
     def __enter__(self) -> ProgressLine:
         if self.terminal.is_live:
@@ -138,7 +156,7 @@ class ProgressLine:
                        TextColumn("{task.fields[note]}"), RateColumn(), TimeRemainingColumn())  # fmt: skip
             # A result that is written meanwhile stays on stdout.
             self._bar = Progress(*columns, console=self.terminal.err, transient=True, redirect_stdout=False)
-            self._task = self._bar.add_task(self.what, total=None, note="")
+            self._task = self._bar.add_task(self.what, total=None, note="", visible=False)  # until its total is known
             self._bar.start()
         return self
 
@@ -146,9 +164,21 @@ class ProgressLine:
         if self._bar:
             self._bar.stop()
 
+    def _restart(self) -> None:
+        self._tenth = 0  # the last reported one
+        self._then = (time.monotonic(), 0)  # when it was reported, and what was done
+
+    def begin(self, what: str) -> ProgressLine:
+        """Begin the next stage of the work, which is counted from 0."""
+        self.what = what
+        self._restart()
+        if self._bar:
+            self._bar.reset(self._task, total=None, description=what)
+        return self
+
     def __call__(self, done: int, total: int, note: str = "") -> None:
         if self._bar:
-            self._bar.update(self._task, completed=done, total=total, note=note)
+            self._bar.update(self._task, completed=done, total=total, note=note, visible=True)
         elif not note and done * 10 // max(total, 1) > self._tenth:
             self._tenth = done * 10 // max(total, 1)
             (then, done_then), self._then = self._then, (time.monotonic(), done)
@@ -215,14 +245,17 @@ class BytesProgress:
 
 
 def command_line(*arguments: object) -> str:
-    """A command line to paste into this shell, also where `mmv` is not on the path."""
-    program_file, on_path = Path(sys.argv[0]), shutil.which("mmv")
-    if program_file.name == "__main__.py":
-        program = [sys.executable, "-m", "minimind_v"]
-    else:
-        is_mmv = on_path and program_file.exists() and program_file.samefile(on_path)
-        program = ["mmv" if is_mmv else str(program_file)]
-    return shlex.join([*program, *map(str, arguments)])
+    """A command line to paste into this shell: `mmv` where that is this program, else as it was called."""
+    return " ".join([os.environ.get(PROGRAM) or _program(), *([shlex.join(map(str, arguments))] if arguments else [])])
+
+
+def _program() -> str:
+    called, on_path = Path(sys.argv[0]), shutil.which("mmv")
+    is_module = called.name == "__main__.py"
+    own = Path(sys.executable).with_name("mmv") if is_module else called  # of this installation
+    if on_path and own.exists() and own.samefile(on_path):
+        return "mmv"
+    return shlex.join([sys.executable, "-m", "minimind_v"] if is_module else [str(called)])
 
 
 def run_app(app: Any) -> None:
@@ -249,7 +282,7 @@ def run_app(app: Any) -> None:
                 raise
             message, code = _describe(error)
             if not report_to_launcher(message, error):
-                Terminal().fail(message)
+                Terminal().fail(*(error.lines if isinstance(error, MmvError) else [message]))
             sys.exit(code)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,7 +92,7 @@ def _run(terminal: Terminal, config: RunConfig, several: Launch, **how: Any) -> 
     world = World.find()
     if several.needed and not world.placed:
         check_room(config.device, several.processes)
-        launch(several, sys.argv[1:], terminal.say)
+        launch(several, command_line(), sys.argv[1:], terminal.say)
         return
     if not world.leads:
         summary = run(config, Listener(), **how)
@@ -119,7 +118,7 @@ def _show_summary(terminal: Terminal, summary: Summary) -> None:
     if is_best := bool(summary.best and summary.best_weights.is_file()):
         terminal.say(f"best weights: {summary.best_weights}, {summary.best}")
     report = summary.metrics.with_name("report.html")
-    if report.is_file():
+    if summary.steps and report.is_file():
         terminal.say(f"report: {report}")
     if summary.weights.is_file():
         terminal.say(f"chat with it: {command_line('chat', '--model', summary.weights)}")
@@ -127,7 +126,7 @@ def _show_summary(terminal: Terminal, summary: Summary) -> None:
         terminal.say(f"or with the best: {command_line('chat', '--model', summary.best_weights)}")
     if summary.stopped_by:
         arguments = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
-        terminal.say(f"resume with: {shlex.join(['mmv', *arguments, '--resume'])}")
+        terminal.say(f"resume with: {command_line(*arguments, '--resume')}")
 
 
 def _skipped(summary: Summary) -> str:
@@ -140,7 +139,7 @@ def _skipped(summary: Summary) -> str:
 def _results(summary: Summary) -> str:
     """The paths of a run's results that exist."""
     if not summary.steps:
-        return "nothing saved yet"
+        return "nothing saved yet" if summary.stopped_by else "no weights written"
     results = {"weights": summary.weights, "curve": summary.metrics}
     return ", ".join(
         f"{name} in {path}" if path.is_file() else f"no {name}: {path} was removed" for name, path in results.items()

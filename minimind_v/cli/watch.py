@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from minimind_v.core.evaluate.by_task import ChosenTask, Prepared
     from minimind_v.core.formats.load import LoadedModel
     from minimind_v.core.monitor.metrics import TaskScores
+    from minimind_v.core.rows.row import RowStore
     from minimind_v.core.train.watch import SavedWeights
 
 
@@ -35,7 +36,9 @@ class Measuring:
 
 def watch_run(terminal: Terminal, run_path: Path, how: Measuring, json: bool) -> None:
     """Measure all weights that a run saves, until it ends; write a line for each."""
+    from minimind_v.core.device import pick_device
     from minimind_v.core.errors import open_all
+    from minimind_v.core.evaluate.benchmarks import open_benchmark
     from minimind_v.core.evaluate.by_task import measuring_digest
     from minimind_v.core.monitor.metrics import describe_scores
     from minimind_v.core.rows.pictures import find_pictures
@@ -47,9 +50,11 @@ def watch_run(terminal: Terminal, run_path: Path, how: Measuring, json: bool) ->
         lambda: find_rows(how.data),
         lambda: find_pictures(how.images),
     )
+    pick_device(how.device)  # a wrong one is refused before the run has weights
+    rows = open_benchmark(how.data, how.images, how.split, terminal.say, how.chosen.names)
     digest = measuring_digest(how.chosen.task, how.data, how.split, how.limit, how.dtype)
     name = f"{how.chosen.task.name}-{how.data.stem}-{digest}"
-    measure = WeightsTask(terminal, how, run.folder / "eval" / name)
+    measure = WeightsTask(terminal, how, rows, run.folder / "eval" / name)
     for scores in watch(run, measure, terminal.say):
         if json:
             terminal.json(asdict(scores))
@@ -60,9 +65,9 @@ def watch_run(terminal: Terminal, run_path: Path, how: Measuring, json: bool) ->
 class WeightsTask:
     """Measures weights by a task. The model is built and the images are encoded once."""
 
-    def __init__(self, terminal: Terminal, how: Measuring, folder: Path) -> None:
+    def __init__(self, terminal: Terminal, how: Measuring, rows: RowStore, folder: Path) -> None:
         """`folder` gets the answers, in a folder for each step."""
-        self.terminal, self.how, self.folder = terminal, how, folder
+        self.terminal, self.how, self.rows, self.folder = terminal, how, rows, folder
         self._opened: tuple[LoadedModel, Prepared] | None = None
 
     def __call__(self, saved: SavedWeights) -> TaskScores | None:
@@ -83,15 +88,10 @@ class WeightsTask:
         return scores_of(result.report, how.chosen, saved.step, time.perf_counter() - begun)
 
     def _open(self, weights: Path) -> tuple[LoadedModel, Prepared]:
-        from minimind_v.core.evaluate.benchmarks import open_benchmark
         from minimind_v.core.evaluate.by_task import prepare
-        from minimind_v.core.evaluate.run import features_beside
 
         how, terminal = self.how, self.terminal
         loaded = options.load(weights, how.vision_model, how.tokenizer, how.device, terminal.say)
-        rows = open_benchmark(how.data, how.images, how.split, terminal.say, how.chosen.names)
-        cache = features_beside(loaded.model, weights, how.dtype, len(rows), terminal.say, terminal.warn)
-        prepared = prepare(loaded, how.chosen, rows, how.limit, how.dtype, cache)
-        for skipped in prepared.plan.skipped[:5]:
-            terminal.warn(f"skipped: {skipped}")
-        return loaded, prepared
+        return loaded, prepare(
+            loaded, how.chosen, self.rows, how.limit, how.dtype, say=terminal.say, warn=terminal.warn
+        )

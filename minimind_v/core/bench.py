@@ -23,7 +23,7 @@ from minimind_v.core.config.recipes import pretrain
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureEncoder
 from minimind_v.core.data.images import load_pixels
-from minimind_v.core.device import autocast, has_fused_adamw, pick_device, wait_for
+from minimind_v.core.device import autocast, pick_device, wait_for
 from minimind_v.core.generate.rows import Row, generate
 from minimind_v.core.generate.sampling import GREEDY, Sampler
 from minimind_v.core.model.kernels.accelerate import accelerate
@@ -32,6 +32,7 @@ from minimind_v.core.model.vision.encoder import VisionEncoder
 from minimind_v.core.model.vision.spec import DEMO, STANDARD, TOWERS
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.freeze import freeze
+from minimind_v.core.train.step import AdamW
 
 QUESTION, ANSWER = 40, 40  # tokens of a caption row besides its image; those of the answer are supervised
 NEW_TOKENS = 48  # of an answer
@@ -149,7 +150,7 @@ def _learn(model: VLM, policy: str, rows: int) -> tuple[float, float]:
     """Seconds and operations per sample of a pretraining step with cached features, as a run computes it."""
     model.train()
     trained = freeze(model, policy)
-    optimiser = torch.optim.AdamW(trained, lr=1e-6, fused=has_fused_adamw(model.device))
+    optimiser = AdamW(trained, 1e-6, model.device)
     batches = [_rows(model, rows, QUESTION + more) for more in (SPREAD if model.device.type == "cuda" else (0,))]
     order = cycle(batches)
 

@@ -124,11 +124,11 @@ def gpu_names() -> list[str]:
 
 
 def peak_memory() -> tuple[int, int]:
-    """The peak memory of this process in bytes (0 if unknown), and of its GPU."""
+    """The peak memory of this process in bytes (0 if unknown), and what it has taken of its GPU's."""
     try:
         import resource
     except ImportError:  # Windows has no such count
         peak = 0
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak, torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    return peak, torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else 0

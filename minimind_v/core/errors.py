@@ -9,26 +9,36 @@ MmvError                  one line: what is wrong, where, and what to do next   
 └── RunError              a run cannot continue (no finite loss, no room to save)
     └── LostContact       another process of the run has ended; its own error says why
 
-The command line prints each as one red line; any other exception that reaches the user is a defect of mmv.
+The command line prints each as one red line, and below it an indented line for each of several items; any other
+exception that reaches the user is a defect of mmv.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 NAME, MESSAGE = 300, 4000  # characters of a name, and of a whole message, beyond which their middle is left out
+ITEMS = 20  # lines of a list
 
 
 class MmvError(Exception):
-    """Base of all errors that a user can cause; its text is the whole message, on one readable line."""
+    """Base of all errors that a user can cause; its text is the whole message, on one readable line.
+
+    `items` are what a message ends with a list of; a terminal shows each on a line of its own.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__(readable(message))
+    def __init__(self, message: str = "", items: Sequence[str] = ()) -> None:
+        super().__init__(readable(f"{message}: {'; '.join(items)}" if items else message))
+        self.lines = [str(self)]
+        if items:
+            more = [f"and {len(items) - ITEMS:,} more"] if len(items) > ITEMS else []
+            self.lines = [f"{readable(message)}:", *map(readable, items[:ITEMS]), *more]
 
 
 class UsageError(MmvError):
@@ -41,8 +51,10 @@ class MissingInput(MmvError):
     """One or several inputs are missing; each message names the command that makes the input."""
 
     def __init__(self, *missing: str) -> None:
-        several = f"{len(missing)} inputs are missing: " if len(missing) > 1 else ""
-        super().__init__(several + "; ".join(missing))
+        if len(missing) > 1:
+            super().__init__(f"{len(missing)} inputs are missing", missing)
+        else:
+            super().__init__(*missing)
         self.missing = missing
 
     def __reduce__(self) -> tuple[type[MissingInput], tuple[str, ...]]:
@@ -110,8 +122,26 @@ def open_all(*openers: Callable[[], Any]) -> list[Any]:
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` with the choice most similar to `word`, or an empty string."""
-    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def nearest_file(path: Path, endings: tuple[str, ...], folders: bool = False) -> str:
+    """` (did you mean 'x'?)` with the most similar path beside `path`, or an empty string.
+
+    It has one of these endings, which are not compared, or is one of the folders where those count.
+    """
+    try:
+        beside = [
+            other for other in path.parent.iterdir() if other.name.endswith(endings) or (folders and other.is_dir())
+        ]
+    except OSError:  # no folder either
+        return ""
+    # Of several with one name a file is meant, and that with the first ending.
+    beside.sort(key=lambda other: (other.name.endswith(endings), other.name.endswith(endings[:1])))
+    names = {other.name.partition(".")[0]: other for other in beside}
+    match = difflib.get_close_matches(path.name.partition(".")[0], names, n=1, cutoff=0.6)
+    return f" (did you mean {str(names[match[0]])!r}?)" if match else ""
 
 
 def unusable(text: str) -> str:

@@ -7,12 +7,40 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
-from minimind_v.core.errors import UsageError
+from minimind_v.core.errors import MmvError, UsageError
 
+Entry = TypeVar("Entry")
 VARIABLE = "MMV_EXTENSIONS"  # files (`….py`) or names of modules, separated as the folders in PATH are
+
+
+class Table(MutableMapping[str, Entry]):
+    """Entries by name. Extensions add some, and never replace one of the package: files name their parts by it."""
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self._entries, self.own = dict(entries), tuple(entries)
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __setitem__(self, name: str, entry: Entry) -> None:
+        """Raises UsageError for a name of the package."""
+        if name in self.own and name in self._entries:
+            raise UsageError(f"{name} exists; choose another name (taken: {', '.join(self.own)})")
+        self._entries[name] = entry
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def load_extensions() -> list[ModuleType]:
@@ -24,6 +52,8 @@ def load_extensions() -> list[ModuleType]:
     for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
         try:
             modules.append(_import_file(Path(name)) if name.endswith(".py") else importlib.import_module(name))
+        except MmvError as error:
+            raise UsageError(f"{VARIABLE}: {name}: {error}") from error
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
             raise UsageError(f"{VARIABLE}: {name} cannot be imported ({reason})") from error

@@ -85,10 +85,24 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
+def bounded_lines(path: Path, longest: int) -> Iterator[bytes | None]:
+    """Yield the lines of a regular file with their ends, None for one of more bytes than `longest`; no other file."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        while line := file.readline(longest + 1):
+            if len(line) <= longest or line.endswith(b"\n"):
+                yield line
+                continue
+            while (rest := file.readline(longest)) and not rest.endswith(b"\n"):
+                pass
+            yield None
+
+
 def read_notes(path: Path) -> dict[str, Any]:
     """Return a JSON object that `mmv` wrote earlier; an empty one where it is missing or damaged."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes()) if path.is_file() else None  # not from a pipe, which may never end
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +22,12 @@ def _same(output: Path, path: Path) -> bool:
     if output.exists() and path.exists():
         return output.samefile(path)
     return output.resolve() == path.resolve()
+
+
+def check_folder(path: Path, option: str = "--out") -> None:
+    """Raises UsageError where a folder is to be written, and a file has its name or that of a folder above it."""
+    if file := next((folder for folder in (path, *path.parents) if os.path.isfile(folder)), None):
+        raise UsageError(f"{option} {path}: {file} is a file, not a folder — name another folder")
 
 
 def keep_set(outputs: Iterable[Path], rows: Path) -> None:

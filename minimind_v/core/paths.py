@@ -18,7 +18,7 @@ DEMO_DIR = Path("demo")  # of `mmv demo`: it has all the others inside
 DEMO_3V_DIR = Path("demo-3v")  # of `mmv demo --generation 3v`
 
 STANDARD_PRESET = "small"
-PRESET_DEMO_3V = "demo-3v"  # the preset of that demo, which no hub has
+PRESET_DEMO, PRESET_DEMO_3V = "demo", "demo-3v"  # the presets of the two demos, which no hub has
 
 
 def state_dir() -> Path:

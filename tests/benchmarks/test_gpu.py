@@ -7,10 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.nn.functional as F
 
 from benchmarks.gpu import report
-from benchmarks.gpu.__main__ import PARTS, Part, TooLong, do, limit
+from benchmarks.gpu.__main__ import BOTH, PARTS, RUNS, Part, TooLong, do, limit
 from benchmarks.gpu.card import Card
+from benchmarks.gpu.operators import count
+from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.errors import RunError
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,10 +23,10 @@ ROOT = Path(__file__).parents[2]
 def outputs(tmp_path_factory):
     """What the script writes."""
     out = tmp_path_factory.mktemp("gpu")
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--run", "all", "--device", "cpu", "--tiny", "--out", str(out)]
     done = subprocess.run([*command, "--budget", "280"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads((out / "gpu.json").read_text()), (out / "gpu.md").read_text()
+    return json.loads((out / "all.json").read_text()), (out / "all.md").read_text()
 
 
 @pytest.mark.long
@@ -53,6 +57,10 @@ def test_what_is_measured_is_there(outputs):
     assert parts["steps"]["small pretrain, graph"]["median_ms"] > 0
     assert parts["talking"]["1 streams, greedy, graph"]["tokens_s"] > 0
     assert set(parts["feeding"]) >= {"128² JPEG", "stored features", "448×336 JPEG"}
+    assert parts["talking"]["2 streams, sampled, without slots"]["tokens_s"] > 0
+    assert parts["experts"]["grouped, stored apart"]["ms"] > 0
+    assert parts["compiled"]["small pretrain, compiled"]["samples_s"] > 0
+    assert parts["resident, compiled"]["pretrain, compiled"]["ms"] > 0
     assert parts["resident"]["pretrain, graph"]["loss"] == pytest.approx(parts["resident"]["pretrain, eager"]["loss"])
 
 
@@ -79,14 +87,51 @@ def test_a_part_that_breaks_or_takes_too_long_ends_nothing_else(tmp_path):
         except Exception:  # what a part calls may catch all that is ordinary
             time.sleep(30)
 
-    do(Part("breaks", 5, breaks), card, 1e9)
-    do(Part("lasts", 0.2, lasts), card, 1e9)
-    do(Part("late", 5, breaks), card, 0)
+    do(Part("breaks", 5, 5, breaks), card, 1e9)
+    do(Part("lasts", 5, 0.2, lasts), card, 1e9)
+    do(Part("late", 5, 5, breaks), card, 0)
     assert card.results["breaks"]["status"] == "failed: RuntimeError: as it happens"
     assert card.results["breaks"]["before"] == 1
     assert card.results["lasts"]["status"].startswith("stopped after")
     assert card.results["late"]["status"] == "not begun: no time left"
     assert report.failures(card.results) == ["breaks: failed: RuntimeError: as it happens"]
+
+
+def test_two_runs_of_440_seconds_have_all_parts_but_one():
+    expected = {part.name: part.expected for part in PARTS}
+    assert [sum(expected[name] for name in RUNS[run]) <= 440 for run in ("gpu", "more")] == [True, True]
+    assert all(part.expected <= part.limit for part in PARTS)
+    assert set(RUNS["gpu"]) & set(RUNS["more"]) == set(BOTH)
+    assert set(expected) - set(RUNS["gpu"]) - set(RUNS["more"]) == {"resident, compiled"}
+
+
+def test_the_page_of_two_runs_says_what_neither_had_time_for():
+    head = {"card": "C", "date": "2026-01-01", "torch": "T"}
+    gpu = head | {"seconds": 400.0, "left_out": ["b", "c"], "parts": {"start": {"status": "done", "x": 1}}}
+    more = head | {
+        "seconds": 100.0,
+        "left_out": ["c"],
+        "parts": {"start": {"status": "done", "x": 2}, "b": {"status": "done"}},
+    }
+    whole = report.together([gpu, more])
+    assert whole["seconds"] == 500
+    assert list(whole["parts"]) == ["start", "b"]
+    assert whole["parts"]["start"]["x"] == 1
+    assert "Left out for time: c." in report.markdown(whole)
+    with pytest.raises(RunError, match="card is C, and D"):
+        report.together([gpu, more | {"card": "D"}])
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped products")
+def test_operators_of_an_update_are_counted_in_the_code_of_a_gpu():
+    counts = count("moe", "all")
+    layers = PRESETS["moe"].num_hidden_layers
+    assert counts["stacked"] == 3 * layers
+    assert counts["_grouped_mm"] == 9 * layers, "three products, each with two gradients"
+    assert counts["rms_norm"] == counts["rms_norm_backward"] == 2 * layers + 1
+    assert not {"bincount", "index_put"} & set(+counts), "what waits or sorts"
+    assert counts.total() < 2000
 
 
 def test_a_failed_check_is_reported_and_no_ratio_is_printed_without_agreement():

@@ -58,12 +58,14 @@ class Ended:
 
     @property
     def error(self) -> str:
-        """The one line that an error is told in; fails where it is not the last and only one."""
+        """The line of an error, with its indented items; fails where it is not the last and only one."""
         lines = self.err.replace("\0", "").splitlines()  # torch's handler of a bus error writes one behind its line
         assert "Traceback" not in self.err
         assert "this is a bug in mmv; --debug shows the traceback" not in self.err
-        assert [line for line in lines if line.startswith("error: ")] == lines[-1:], self.err
-        return lines[-1].removeprefix("error: ")
+        (begin,) = (number for number, line in enumerate(lines) if line.startswith("error: "))
+        message, *items = lines[begin:]
+        assert all(item.startswith("  ") for item in items), self.err
+        return " ".join(filter(None, [message.removeprefix("error: "), "; ".join(map(str.strip, items))]))
 
     @property
     def json(self) -> Any:

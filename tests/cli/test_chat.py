@@ -2,11 +2,14 @@
 
 import base64
 import json
+import os
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
 
+from minimind_v.cli import chat
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
@@ -212,12 +215,32 @@ def test_each_image_of_a_folder_gets_the_answer_that_it_gets_alone(ask, folder):
     assert "images 10/10" in ended.err
 
 
+def test_quiet_does_not_hide_that_an_image_got_no_answer(ask, folder):
+    ended = ask(QUESTION, "--image", folder / "[34].jpg", "--greedy", "--quiet", code=1)
+    assert ended.out.startswith(f"{folder / '4.jpg'}: ")
+    assert ended.err.startswith(f"{folder / '3.jpg'}: ")
+    assert ended.err.count("\n") == 1
+
+
 def test_a_pattern_chooses_images_and_names_stand_before_the_answers(ask, folder):
     ended = ask(QUESTION, "--image", folder / "[0-2].jpg", "--greedy")
     alone = [ask(QUESTION, "--image", folder / f"{number}.jpg", "--greedy").out for number in range(3)]
     assert ended.out == "".join(f"{folder / f'{number}.jpg'}: {answer}" for number, answer in enumerate(alone))
     mixed = ask(QUESTION, "--image", folder / "5.jpg", "--image", folder / "[0-2].jpg", "--greedy").out
     assert mixed == f"{folder / '5.jpg'}: {alone[2]}" + ended.out
+
+
+def test_progress_stays_away_from_answers_in_one_stream(ask, folder, tmp_path, monkeypatch):
+    with open(tmp_path / "both", "w") as stdout, open(os.dup(stdout.fileno()), "w") as stderr:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert chat._is_one_stream()
+        with open(tmp_path / "other", "w") as other:
+            monkeypatch.setattr(sys, "stderr", other)
+            assert not chat._is_one_stream()
+    monkeypatch.undo()
+    monkeypatch.setattr(chat, "_is_one_stream", lambda: True)
+    assert "images" not in ask(QUESTION, "--image", folder / "[0-2].jpg", "--greedy").err
 
 
 def test_a_folder_takes_a_question_with_one_mark_only(ask, folder):
@@ -265,13 +288,14 @@ def test_a_question_is_needed(ask):
         assert "Traceback" not in ended.err
 
 
+@pytest.mark.parametrize("args", [[""], ["", "--json"], [" ", "--image"]], ids=str)
+def test_an_empty_question_is_refused(ask, args, folder):
+    assert ask(*args, *([folder] if "--image" in args else []), code=2).error.startswith("the question is empty")
+
+
 def test_a_question_that_is_no_text_is_reported(ask):
     assert ask(code=2, stdin=b"\xff\xfe\x00\x01").error == "the question on stdin is not UTF-8 text"
     assert ask("What is \udcff?", code=1).error
-
-
-def test_an_empty_question_is_still_a_question(ask):
-    assert ask("", "--greedy", "--json").json["prompt"] == ""
 
 
 @pytest.mark.parametrize(

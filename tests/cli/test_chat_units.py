@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import re
 import stat
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +14,12 @@ from PIL import Image
 from rich.console import Console
 
 from minimind_v.cli import typed_line
-from minimind_v.cli.chat_answers import describe_need, show_beside
+from minimind_v.cli.chat_answers import describe_need, show_answer, show_beside
 from minimind_v.cli.chat_images import Display, beside, find_display
 from minimind_v.cli.chat_save import Talk, as_address, write_of
 from minimind_v.cli.conversation import Conversation
 from minimind_v.cli.terminal import Terminal
+from minimind_v.cli.typed_commands import run
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.sampling import GREEDY
@@ -143,6 +146,29 @@ def test_a_plain_terminal_writes_no_styles(capsys, monkeypatch):
     assert "\x1b" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("is_terminal", "wraps"), [(True, True), (True, False), (False, True)])
+def test_only_a_terminal_that_is_not_plain_gets_answers_broken_between_words(is_terminal, wraps, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "12")
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which says nothing of a terminal
+
+    def answer():
+        yield from ("a thought about ", "it</think>", "\n\nA large red", " star above", " a circle")
+        raise KeyboardInterrupt  # what came until then is shown
+
+    terminal = Terminal(wraps=wraps)
+    with pytest.raises(KeyboardInterrupt):
+        show_answer(terminal, answer(), think=True)
+    captured = capsys.readouterr()
+    broken = is_terminal and wraps
+    assert captured.out == ("A large red\nstar above a\ncircle" if broken else "A large red star above a circle")
+    thought = re.sub(r"\x1b\[[0-9;]*m", "", captured.err)
+    assert thought == ("a thought\nabout it\n\n" if broken else "a thought about it\n\n")
+    terminal.say("a message [of] more than a line")
+    assert capsys.readouterr().err.startswith("a message\n[of]" if broken else "a message [of] more than a line\n")
+
+
 # --- a model that can think -------------------------------------------------------------------------------------------
 
 
@@ -183,7 +209,7 @@ def test_reasoning_is_switched_on_shown_and_saved(tmp_path, capsys):
     session.sampler = SpokenText(vocabulary, "A star", "of red\n</think>\n\nA star", "A cross")
     file = tmp_path / "talk.json"
     lines = ScriptedLines("What is it?", "/think", "/again", f"/save {file}", "/think off", "/edit", "Which?", "/top")
-    Conversation(Terminal(), session, 20, lines).run()
+    run(Conversation(Terminal(), session, 20, lines))
     messages = json.loads(file.read_text())["messages"]
     assert messages[-1] == {"role": "assistant", "content": "A star", "reasoning_content": "of red"}
     assert len(messages) == 2
@@ -205,7 +231,7 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came(tmp_path, capsys):
 
     session.sampler = draw
     file = tmp_path / "talk.json"
-    Conversation(Terminal(), session, 20, ScriptedLines("What is it?", f"/save {file}")).run()
+    run(Conversation(Terminal(), session, 20, ScriptedLines("What is it?", f"/save {file}")))
     assert json.loads(file.read_text())["messages"][-1]["content"] == "A red star"
     assert capsys.readouterr().out == "A red star\n"
 

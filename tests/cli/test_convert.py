@@ -1,11 +1,14 @@
 """`mmv convert` between file formats."""
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from minimind_v.core.formats.checkpoint import read_checkpoint
+from minimind_v.core.hub.sources import find_weights
 from tests.cli.harness import SIGHT, run_mmv, tree
 
 
@@ -146,3 +149,8 @@ def test_without_a_model_the_latest_of_the_standard_folder_is_taken(source, tmp_
     shutil.copy(source, tmp_path / "out")
     assert run_mmv("convert", "--to", "safetensors").code == 0
     assert (tmp_path / "out" / "sft_vlm_128.safetensors").exists()
+    again = run_mmv("convert", "--to", "safetensors")
+    assert (again.code, "already exists — add --overwrite" in again.error) == (2, True), "the copy is no newer model"
+    assert run_mmv("convert", "--to", "safetensors", "--overwrite").code == 0
+    os.utime("out/sft_vlm_128.safetensors", (2**31, 2**31))
+    assert find_weights(Path("out")).name == "sft_vlm_128.pth"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def test_check_names_what_is_wrong_and_fixes_it(broken, tmp_path):
     assert "error" not in ended.err
     report = json.loads(ended.out)
     assert [(problem["row"], problem["kind"]) for problem in report["problems"]] == [
-        (3, "json"), (5, "picture missing"), (8, "duplicate row")
+        (3, "json"), (5, "image missing"), (8, "duplicate row")
     ]  # fmt: skip
     assert all(set(problem) >= {"row", "kind", "message"} for problem in report["problems"])
     assert report["fixed"] == {"files": [str(tmp_path / "clean.parquet")], "rows": 37, "left_out": 3}
@@ -139,6 +140,19 @@ def splits(tmp_path):
         assert run_mmv("data", "convert", data, out, "--images", tiny_data().images("sft")).code == 0
         begin += count
     return folder
+
+
+def test_a_split_reports_each_of_its_passes_over_the_rows(tiny_data, tmp_path):
+    rows = tiny_data.data("sft")
+    assert run_mmv("data", "convert", rows, tmp_path / "rows.parquet").code == 0
+    for file in (rows, tmp_path / "rows.parquet"):
+        ended = run_mmv("data", "split", file, "--out", tmp_path / file.suffix[1:], "--held-out", 0.5)
+        assert ended.code == 0, ended.err
+        counts = re.findall(r"^(\w+ rows) (\d+)/(\d+),", ended.err, re.MULTILINE)
+        assert {total for _, _, total in counts} == {str(ROWS)}
+        assert [(what, int(done)) for what, done, _ in counts if int(done) == ROWS] == [
+            ("reading rows", ROWS), ("writing rows", ROWS),
+        ]  # fmt: skip
 
 
 def test_the_commands_read_one_split_and_say_which(splits, tmp_path, guessed_time):

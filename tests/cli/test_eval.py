@@ -96,7 +96,7 @@ def test_rows_without_pictures_need_none(score, tmp_path):
     ("option", "wrong", "code", "message"),
     [
         ("--data", "nowhere.jsonl", 1, "no data file nowhere.jsonl"),
-        ("--images", "nowhere.zip", 1, "no picture files at nowhere.zip"),
+        ("--images", "nowhere.zip", 1, "no file nowhere.zip"),
         ("--model", "nowhere.pth", 1, "no weights at nowhere.pth"),
         ("--vision-model", "nowhere", 1, "no vision model in nowhere"),
         ("--tokenizer", "nowhere", 1, "no tokenizer in nowhere"),
@@ -157,21 +157,31 @@ def test_a_task_prints_one_object_and_compare_reads_its_folder(score, tmp_path):
     assert "between seeds: A ±0.0000, B ±0.0000" in seeds
 
 
+def resumable(sighted, tiny_data, out):
+    data = tiny_data.data("sft")
+    return ["eval", "--model", sighted, "--data", data, *SIGHT, "--task", "loss", "--limit", 24, "--json", "--out", out]
+
+
+@pytest.fixture(scope="module")
+def whole(sighted, tiny_data, tmp_path_factory):
+    """The report and the predictions of an evaluation that nobody killed."""
+    out = tmp_path_factory.mktemp("whole")
+    return installed(*resumable(sighted, tiny_data, out)).json, (out / "predictions.jsonl").read_bytes()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("gpus", [1, 2])
-def test_a_killed_evaluation_is_resumed_to_the_same_predictions(sighted, tiny_data, tmp_path, gpus):
-    words = ["eval", "--model", sighted, "--data", tiny_data.data("sft"), *SIGHT, "--task", "loss", "--json", "--out"]
-    replies = tmp_path / "killed" / ".replies.jsonl"
-    running = Running(tmp_path / "log", *words, tmp_path / "killed", "--gpus", gpus)
+def test_a_killed_evaluation_is_resumed_to_the_same_predictions(sighted, tiny_data, tmp_path, whole, gpus):
+    out = tmp_path / "killed"
+    words, replies = [*resumable(sighted, tiny_data, out), "--gpus", gpus], out / ".replies.jsonl"
+    running = Running(tmp_path / "log", *words)
     running.until(lambda: replies.exists() and replies.read_bytes().count(b"\n") >= 3).send(signal.SIGKILL).wait()
     kept = replies.read_text().splitlines(keepends=True)
-    assert not (tmp_path / "killed" / "predictions.jsonl").exists()
-    whole = installed(*words, tmp_path / "whole").json
-    resumed = installed(*words, tmp_path / "killed", "--gpus", gpus).json
+    assert not (out / "predictions.jsonl").exists()
+    resumed = installed(*words).json
     assert len(kept) >= 3
-    assert resumed["metrics"] == whole["metrics"]
-    files = [tmp_path / name / "predictions.jsonl" for name in ("whole", "killed")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    assert resumed["metrics"] == whole[0]["metrics"]
+    assert (out / "predictions.jsonl").read_bytes() == whole[1]
     assert sorted(path.name for path in replies.parent.iterdir()) == [
         "predictions.jsonl", "report.html", "report.json", "thumbnails.jsonl",
     ]  # fmt: skip

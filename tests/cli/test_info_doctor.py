@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import zipfile
 
 import pytest
 import torch
 
-from tests.cli.harness import ASSETS, BASE, EYE, ROWS, installed, read_rows, run_mmv
+from tests.cli.harness import ASSETS, BASE, EYE, ROWS, installed, read_rows, run_mmv, write_rows
 
 
 def test_info_of_weights(sighted):
@@ -57,6 +58,30 @@ def test_info_of_a_run_that_is_writing_a_line(tmp_path):
 def test_info_as_a_table(sighted):
     lines = dict(line.split(maxsplit=1) for line in run_mmv("info", sighted).out.splitlines())
     assert lines["preset"] == "demo"
+    assert re.fullmatch(r"\d{3},\d{3}", lines["parameters"])
+    assert "n_routed_experts" not in lines
+
+
+def test_a_table_has_units_and_rounds_while_json_is_exact(trained, tiny_data):
+    run_folder, data = trained.out / "pretrain_vlm_128", tiny_data.data("sft")
+    lines = dict(line.split(maxsplit=1) for line in run_mmv("info", run_folder).out.splitlines())
+    exact = run_mmv("info", run_folder, "--json").json
+    assert (lines["loss"], lines["lr"]) == (f"{exact['loss']:.4g}", f"{exact['lr']:.4g}")
+    assert len(lines["loss"]) <= 7 < len(str(exact["loss"]))
+    assert re.fullmatch(r"(\d+ min )?\d+ s", lines["time"])
+    lines = dict(line.split(maxsplit=1) for line in run_mmv("info", data).out.splitlines())
+    assert lines["size"] == f"{data.stat().st_size / 1e3:,.1f} kB"
+    assert lines["first_row_images"] == "000000.jpg"
+
+
+def test_info_of_rows_takes_their_images(tiny_data, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", read_rows(tiny_data.data("sft")))
+    assert "images  " not in run_mmv("info", rows).out.replace("first_row_images", "")
+    assert run_mmv("info", rows, "--images", tiny_data.images("sft"), "--json").json["images"] == str(
+        tiny_data.images("sft")
+    )
+    ended = run_mmv("info", BASE, "--images", tmp_path)
+    assert (ended.code, "is not a dataset — remove --images" in ended.error) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +170,7 @@ def test_info_of_pictures_and_of_a_zip_of_them(tiny_data, tmp_path):
     assert (report["kind"], report["members"]) == ("zip", ROWS)
     assert f"give the rows ({tiny_data.data('sft')}) here, and the zip with --images" in report["use"]
     report = run_mmv("info", tiny_data.picture(), "--json").json
-    assert (report["kind"], report["width"], report["height"]) == ("picture", 128, 128)
+    assert (report["kind"], report["width"], report["height"]) == ("image", 128, 128)
     (tmp_path / "cut.zip").write_bytes(tiny_data.images("sft").read_bytes()[:1000])
     assert "not a zip that can be read" in run_mmv("info", tmp_path / "cut.zip").error
 

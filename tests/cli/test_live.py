@@ -16,7 +16,7 @@ from rich.console import Console
 from minimind_v.cli.live import POINTS, Curve, TrainView, clock, sparkline
 from minimind_v.cli.terminal import Terminal
 from minimind_v.core.monitor.metrics import StepMetrics, TaskScores, Validation
-from tests.cli.harness import Running, tiny_data
+from tests.cli.harness import MMV, Running, tiny_data
 
 
 def show_step(step, loss=2.0, steps=200):
@@ -144,7 +144,7 @@ def test_ctrl_c_on_a_terminal_leaves_it_in_order(tmp_path):
     os.close(main)
     os.close(side)
     assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") >= 0, "the cursor is back"
-    assert b"resume with: mmv train" in shown
+    assert f"resume with: {MMV} train".encode() in shown
 
 
 def test_an_evaluation_is_a_line_elsewhere():

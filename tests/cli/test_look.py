@@ -5,6 +5,7 @@ import re
 
 import pytest
 from PIL import Image
+from rich.cells import cell_len
 from rich.console import Console
 
 import minimind_v as mmv
@@ -24,6 +25,15 @@ def trace(sighted, tiny_data):
     _, vision, _, tokenizer = SIGHT
     model = mmv.load(sighted, vision_model=vision, tokenizer=tokenizer)
     return model.look(QUESTION, tiny_data.picture(), max_new_tokens=6, occlusion=True)
+
+
+def test_occlusion_reports_its_progress_and_the_time_left(sighted, tiny_data):
+    ended = run_look(tiny_data.picture(), QUESTION, "--occlusion", sighted=sighted)
+    lines = [line for line in ended.err.splitlines() if line.startswith("occlusion ")]
+    assert lines[-1].startswith("occlusion 64/64, ")
+    assert all(line.endswith(" s left") for line in lines)
+    assert len(lines) > 4
+    assert "occlusion" not in run_look(tiny_data.picture(), QUESTION, sighted=sighted).err
 
 
 def test_json_is_the_trace_of_the_python_interface(sighted, tiny_data, trace):
@@ -56,6 +66,21 @@ def test_text_has_the_answer_its_tokens_and_the_words_of_patches(sighted, tiny_d
         assert line.startswith(word[:2])
     lost = lines[lines.index("Bits that the answer loses where a patch is grey") + 1].split()
     assert [float(bits) for bits in lost] == pytest.approx(trace.occlusion[:, :8].sum(0).tolist(), abs=0.051)
+
+
+@pytest.mark.parametrize("width", [40, 50, 80])
+def test_a_narrow_terminal_gets_whole_words_and_numbers(trace, width):
+    terminal = Terminal()
+    terminal.out = Console(force_terminal=True, color_system=None, width=width, highlight=False, soft_wrap=True)
+    with terminal.out.capture() as captured:
+        show_trace(terminal, trace)
+    lines = captured.get().splitlines()
+    assert max(map(cell_len, lines)) <= width
+    head = next(number for number, line in enumerate(lines) if line.startswith("token"))
+    assert " ".join(" ".join(lines[:head]).split()).startswith(trace.answer.rpartition(" ")[0])
+    for line, token in zip(lines[head + 1 :], trace.tokens, strict=False):
+        assert f"{abs(token.gain):.2f}" in line
+        assert f"{token.probability:.1%}" in line
 
 
 def test_a_terminal_gets_colours_and_the_image_in_half_blocks(trace):
@@ -127,6 +152,7 @@ def test_an_empty_answer_is_refused(sighted, tiny_data):
     [
         (["dog.jpg"], "an image and a question are needed — mmv look dog.jpg 'What is this?'"),
         (["dog.jpg", "What", "is", "this?"], "put the question in quotes: mmv look dog.jpg 'What is this?'"),
+        (["dog.jpg", " "], "the question is empty"),
         (["dog.jpg", "cat.png"], "the last argument is an image file, not a question"),
         (["dog.jpg", "What?", "--swap", "a.jpg", "--swap", "b.jpg"], "2 images for --swap and 1 of the question"),
         (["dog.jpg", "<image><image> What?"], "2 <image> marks for 1 image"),

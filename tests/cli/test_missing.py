@@ -7,9 +7,10 @@ import shutil
 import pytest
 
 from tests.cli.harness import ASSETS, BASE, in_forks, installed, run_mmv, tree
+from tests.demo_folder import demo_folder
 
 EYE, WORDS, ROWS = "mmv download clip", "mmv download tokenizer", "mmv download dataset"
-PICTURES, TRAINED = "no picture files at", "no trained weights in out"
+PICTURES, TRAINED = "no image files at", "no trained weights in out"
 
 
 @pytest.mark.parametrize(
@@ -20,19 +21,19 @@ PICTURES, TRAINED = "no picture files at", "no trained weights in out"
         ("train sft --gpus 2 --device cpu", [EYE, WORDS, ROWS, PICTURES, "`mmv train pretrain`"]),
         ("plan sft", [EYE, WORDS, ROWS, PICTURES]),
         ("train sft --vision-model v --tokenizer t --data d.jsonl --images i --init w.pth",
-         ["in v", "in t", "d.jsonl", "at i ", "w.pth"]),
+         ["in v", "in t", "d.jsonl", "no folder i ", "w.pth"]),
         ("eval", [TRAINED, EYE, WORDS, ROWS, PICTURES]),
         ("eval --model m.pth --vision-model v --tokenizer t --data d.jsonl --images i",
-         ["m.pth", "in v", "in t", "d.jsonl", "at i "]),
+         ["m.pth", "in v", "in t", "d.jsonl", "no folder i "]),
         ("chat hello", [TRAINED, EYE, WORDS]),
         ("chat hello --image a.jpg --image b.jpg", [TRAINED, EYE, WORDS, "a.jpg", "b.jpg"]),
         ("convert --to hf", [TRAINED, EYE, WORDS]),
         ("convert --to gguf --model m.pth --tokenizer t", ["m.pth", EYE, "in t"]),
-        ("data check d.jsonl --images i --against h.jsonl", ["d.jsonl", "at i ", WORDS, "h.jsonl"]),
+        ("data check d.jsonl --images i --against h.jsonl", ["d.jsonl", "no folder i ", WORDS, "h.jsonl"]),
         ("data stats d.jsonl --vision-model v", ["d.jsonl", WORDS, "in v"]),
-        ("data preview d.jsonl --images i", ["d.jsonl", "at i ", WORDS]),
-        ("data convert d.jsonl o.parquet --images i", ["d.jsonl", "at i "]),
-        ("data split d.jsonl --out o --images i", ["d.jsonl", "at i "]),
+        ("data preview d.jsonl --images i", ["d.jsonl", "no folder i ", WORDS]),
+        ("data convert d.jsonl o.parquet --images i", ["d.jsonl", "no folder i "]),
+        ("data split d.jsonl --out o --images i", ["d.jsonl", "no folder i "]),
     ],
 )  # fmt: skip
 def test_all_missing_inputs_are_reported_at_once(line, missing, tmp_path, monkeypatch):
@@ -41,7 +42,17 @@ def test_all_missing_inputs_are_reported_at_once(line, missing, tmp_path, monkey
     assert ended.code == 1
     assert f"{len(missing)} inputs are missing: " in ended.error
     assert all(name in ended.error for name in missing), ended.error
+    assert len(ended.err.partition("error: ")[2].splitlines()) == 1 + len(missing)
     assert tree(tmp_path) == []
+
+
+def test_a_long_list_of_missing_inputs_ends_with_their_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = [word for number in range(30) for word in ("--image", f"{number}.jpg")]
+    lines = run_mmv("chat", "hello", *images, "--model", "m.pth").err.splitlines()
+    assert len(lines) == 22
+    assert (lines[0], lines[1]) == ("error: 33 inputs are missing:", "  no image file at 0.jpg")
+    assert lines[-1] == "  and 13 more"
 
 
 def test_what_is_there_is_not_missed(tmp_path, monkeypatch, tiny_data, sighted):
@@ -79,10 +90,84 @@ def test_errors_are_reported_before_torch_is_imported(outcomes, line):
 def test_a_name_that_is_nearly_right_is_offered(tmp_path):
     (tmp_path / "captions.jsonl").touch()
     shutil.copy(BASE, tmp_path / "cats.safetensors")
-    assert "(did you mean 'captions.jsonl'?)" in run_mmv("data", "convert", tmp_path / "caption.jsonl", "o.jsonl").error
-    assert (
-        "(did you mean 'cats.safetensors'?)" in run_mmv("chat", "hello", "--model", tmp_path / "cat.safetensors").error
-    )
+    rows = run_mmv("data", "convert", tmp_path / "caption.jsonl", "o.jsonl").error
+    assert f"(did you mean '{tmp_path / 'captions.jsonl'}'?)" in rows
+    weights = run_mmv("chat", "hello", "--model", tmp_path / "cat.safetensors").error
+    assert f"(did you mean '{tmp_path / 'cats.safetensors'}'?)" in weights
+
+
+def test_a_name_that_is_not_alike_and_a_file_of_another_kind_are_not_offered(tmp_path):
+    for name in ("back.pth", "back.json", "captions.txt"):
+        (tmp_path / name).touch()
+    for line in (("info", "nix.pth"), ("info", "nix.jsonl"), ("chat", "hello", "--model", "nix.pth"),
+                 ("data", "check", "captions.jsonl"), ("info", "captions.jsonl")):  # fmt: skip
+        ended = run_mmv(*line[:-1], tmp_path / line[-1])
+        assert (ended.code, "did you mean" in ended.error) == (1, False), ended.error
+
+
+def test_a_folder_of_images_that_the_user_names_is_not_downloaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own" / "pictures").mkdir(parents=True)
+    (tmp_path / "own" / "rows.jsonl").touch()
+    error = run_mmv("data", "convert", "own/rows.jsonl", "o.jsonl", "--images", "own/pics").error
+    assert error == ("no folder own/pics (did you mean 'own/pictures'?) — give a folder, zip or tar with --images")
+    assert "download" not in run_mmv("data", "convert", "own/row.jsonl", "o.jsonl").error
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [("rows.jsonl", "this is a data file, not weights — name weights here, and data with --data"),
+     ("cats.json", "this describes the weights in cats.pth — give that file"),
+     ("dog.jpg", "this is an image file, not weights — give it with --image")],
+)  # fmt: skip
+def test_a_file_that_is_no_weights_is_named_for_what_it_is(name, meaning, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"conversations": []}')
+    (tmp_path / "cats.json").write_text('{"model": {}}')
+    (tmp_path / "cats.pth").touch()
+    (tmp_path / "dog.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    assert run_mmv("chat", "hello", "--model", name).error == f"{name}: {meaning}"
+
+
+def test_a_folder_with_one_file_of_weights_stands_for_it(tmp_path, monkeypatch, sighted):
+    monkeypatch.chdir(tmp_path)
+    for name in ("few", "more"):
+        (tmp_path / name).mkdir()
+        shutil.copy(sighted, tmp_path / name / "sft_vlm_128.pth")
+        shutil.copy(sighted, tmp_path / name / "sft_vlm_128.safetensors")  # a copy is no other model
+    shutil.copy(sighted, tmp_path / "more" / "sft_vlm_128_best.pth")
+    assert "no vision model in" in run_mmv("chat", "hello", "--model", "few").error
+    several = run_mmv("chat", "hello", "--model", "more").error
+    assert several == "more has several weights — name one of more/sft_vlm_128.pth, more/sft_vlm_128_best.pth"
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """A folder with `demo` inside, and rows of one's own."""
+    monkeypatch.chdir(tmp_path)
+    demo_folder(tmp_path / "demo")
+    (tmp_path / "own.csv").write_text("image,question,answer\nstar.jpg,What colour is the star?,blue\n")
+    return tmp_path / "demo"
+
+
+def test_the_first_error_names_the_preset_of_the_weights_that_are_there(demo, monkeypatch):
+    monkeypatch.chdir(demo)
+    line = ("train", "sft", "--recipe", "small-data", "--data", "../own.csv", "--images", "pictures", "--out", "few")
+    near = "no weights at out/sft_vlm_512.pth to start from — for out/sft_vlm_128.pth add --preset demo; "
+    assert run_mmv(*line).error.startswith(near)
+    assert run_mmv("train", "sft").error == run_mmv("plan", "sft").error
+    assert "for out/pretrain_vlm_128.pth add --preset demo" in run_mmv("plan", "sft").error
+    other = run_mmv("train", "sft", "--preset", "demo-3v").error
+    assert (other.count("`mmv demo --generation 3v` makes it"), "download" in other) == (3, False), other
+
+
+def test_what_goes_with_the_demos_model_is_found_where_that_is(demo):
+    ended = run_mmv("eval", "--limit", 2, "--json")
+    assert (ended.code, ended.json["data"]) == (0, "demo/dataset/sft_data.jsonl"), ended.err
+    line = ("data", "check", "own.csv", "--images", "demo/pictures", "--json")
+    hint = run_mmv(*line).error
+    assert "or read rows as the demo's model does: --tokenizer demo/model --vision-model " in hint
+    assert run_mmv(*line, *hint.partition("does: ")[2].split()).json["usable"] == 1
 
 
 # --- rows without a vision model --------------------------------------------------------------------------------------

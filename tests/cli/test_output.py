@@ -3,11 +3,13 @@
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from minimind_v.cli.terminal import command_line
+from minimind_v.core.train.launch import PROGRAM
 from tests.cli.harness import MMV, tiny_data
 
 
@@ -49,4 +51,8 @@ def test_a_line_to_paste_names_this_program_as_the_shell_can_find_it(tmp_path, m
     monkeypatch.setenv("PATH", str(program.parent))
     assert command_line("chat") == "mmv chat"
     monkeypatch.setattr("sys.argv", [str(tmp_path / "__main__.py"), "demo"])
-    assert command_line("chat").endswith(" -m minimind_v chat")
+    assert command_line("chat") == f"{sys.executable} -m minimind_v chat"
+    monkeypatch.setattr("sys.executable", str(program.with_name("python")))
+    assert command_line("chat") == "mmv chat", "the same installation"
+    monkeypatch.setenv(PROGRAM, ".venv/bin/mmv")
+    assert command_line("chat") == ".venv/bin/mmv chat", "as the launcher of this process was called"

@@ -34,6 +34,7 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+NO_FOLDER = "cats.jsonl is a file, not a folder — name another folder"
 INPUT = "is an input of this command"
 SEE = f"--tokenizer {ASSETS} --vision-model {EYE}"
 
@@ -61,6 +62,10 @@ SEE = f"--tokenizer {ASSETS} --vision-model {EYE}"
         ("data stats cats.jsonl --html cats.jsonl " + SEE, "not a page by mmv"),
         ("data stats cats.jsonl --html cats_images.zip " + SEE, "not a page by mmv"),
         ("data stats cats.jsonl --html shards " + SEE, "is a folder"),
+        ("data stats cats.jsonl --html new.txt " + SEE, "new.txt has no ending of a page — name it new.html"),
+        ("data preview cats.jsonl --html new " + SEE, "name it new.html"),
+        ("look cats.jpg What? --html new.txt", "name it new.html"),
+        ("compare held.jsonl cats.jsonl --html new.htmlx", "name it new.html"),
         ("data preview cats.jsonl --html held.jsonl " + SEE, "not a page by mmv"),
         # weights
         ("convert --to safetensors --model mine.safetensors --out mine.safetensors --overwrite", "is the source"),
@@ -68,7 +73,15 @@ SEE = f"--tokenizer {ASSETS} --vision-model {EYE}"
         ("convert --to pth --model mine.safetensors --out shards --overwrite", "must end with .pth"),
         ("demo --out .", "contains other files"),
         ("demo --out shards", "contains other files"),
-        ("demo --out cats.jsonl", "is a file"),
+        # a file where a folder is to be written: before anything is loaded
+        ("demo --out cats.jsonl", NO_FOLDER),
+        ("train sft --out cats.jsonl", NO_FOLDER),
+        ("train sft --out cats.jsonl/inside", NO_FOLDER),
+        ("plan sft --out cats.jsonl", NO_FOLDER),
+        ("eval --task vqa --data held.jsonl --out cats.jsonl", NO_FOLDER),
+        ("data split cats.jsonl --out held.jsonl", "held.jsonl is a file, not a folder"),
+        ("convert --to hf --model mine.safetensors --out cats.jsonl " + SEE, NO_FOLDER),
+        ("download dataset --dry-run --dir cats.jsonl", NO_FOLDER),
     ],
 )  # fmt: skip
 def test_a_wrong_word_changes_nothing(line, message, mine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ def test_a_run_is_one_line_with_its_last_whole_step(tmp_path):
     heading, line = ended.out.splitlines()
     assert heading.split() == ["name", "stage", "model", "steps", "loss", "date", "size"]
     assert line.split()[:7] == ["sft_vlm_512", "sft", "small", "3", "of", "900", "1.0000"]
+
+
+def test_runs_are_in_the_order_in_which_they_trained_whatever_is_written_into_them_later(tmp_path):
+    for number, name in enumerate(("earlier", "later")):
+        os.utime(run_folder(tmp_path, name) / "metrics.jsonl", (10**9 + number, 10**9 + number))
+    (tmp_path / "earlier" / "report.html").touch()
+    assert [entry.name for entry in list_runs(tmp_path)] == ["later", "earlier"]
 
 
 def test_weights_and_their_run_are_one_entry(tmp_path):

@@ -142,6 +142,12 @@ def test_bf16_autocast_trains_on_the_cpu(tiny_data, tmp_path):
     }
 
 
+def test_one_process_has_no_gradients_to_exchange(tiny_data, tmp_path):
+    ended = run_mmv(*tiny_data.train(tmp_path, reduce_dtype="bfloat16", max_steps=1))
+    assert ended.code == 0, ended.err
+    assert "--reduce-dtype bfloat16 changes nothing: one process exchanges no gradients" in ended.err
+
+
 def test_a_mixture_of_experts_trains_under_a_name_of_its_own(tiny_data, tmp_path):
     ended = run_mmv(*tiny_data.train(tmp_path, init="none", max_steps=2), "--set", "model.use_moe=true")
     assert ended.code == 0, ended.err

@@ -32,13 +32,13 @@ def refused(tiny_data, tmp_path):
 @pytest.mark.parametrize(
     ("option", "wrong", "step"),
     [
-        ("vision_model", "nowhere", "mmv download clip"),
-        ("vision_model", ASSETS, "mmv download clip"),  # the tokenizer's folder
-        ("tokenizer", "nowhere", "mmv download tokenizer"),
-        ("tokenizer", EYE, "mmv download tokenizer"),
-        ("data", "nowhere.jsonl", "mmv download dataset"),
-        ("images", "nowhere.zip", "mmv download dataset"),
-        ("init", "nowhere.pth", "mmv download lm"),
+        ("vision_model", "nowhere", "`mmv demo` makes it"),
+        ("vision_model", ASSETS, "`mmv demo` makes it"),  # the tokenizer's folder
+        ("tokenizer", "nowhere", "`mmv demo` makes it"),
+        ("tokenizer", EYE, "`mmv demo` makes it"),
+        ("data", "nowhere.jsonl", "no data file nowhere.jsonl"),
+        ("images", "nowhere.zip", "no file nowhere.zip — give a folder, zip or tar with --images"),
+        ("init", "nowhere.pth", "`mmv demo` makes it"),
         ("config", "nowhere.yaml", "no configuration file nowhere.yaml"),
     ],
 )
@@ -120,8 +120,8 @@ def test_a_folder_where_weights_are_required_and_the_other_way_round(refused, ti
 
 
 def test_an_out_that_is_a_file_is_refused(refused, tiny_data):
-    line = refused(1, out=tiny_data.picture())
-    assert f"{tiny_data.picture()}/pretrain_vlm_128/config.yaml: cannot be written (Not a directory)" in line
+    line = refused(2, out=tiny_data.picture())
+    assert line == f"--out {tiny_data.picture()}: {tiny_data.picture()} is a file, not a folder — name another folder"
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_empty_data_is_reported(refused, tmp_path, content):
 def test_pictures_of_other_data_are_reported(tiny_data, tmp_path):
     ended = run_mmv(*tiny_data.train(tmp_path / "out", data=tiny_data.data("sft"), images=tmp_path))
     assert ended.code == 1
-    assert f"no such picture in {tmp_path}" in ended.error
+    assert f"no such image in {tmp_path}" in ended.error
     assert not list(tmp_path.rglob("*.pth"))
 
 
@@ -324,7 +324,7 @@ def test_rows_whose_pictures_are_not_read_are_named_and_counted_in_a_mixture(tin
     assert ended.code == 0, ended.err
     assert f"row skipped: {data}:4: images or videos in `video` are not supported" in ended.err
     assert f"row skipped: {data}:21: '<img>a.jpg</img>' in its text is not supported" in ended.err
-    assert "2 broken rows skipped (2 pictures not read)" in ended.err
+    assert "2 broken rows skipped (2 images not read)" in ended.err
     refused = run_mmv(*line, "--overwrite")
     assert refused.code == 1
     assert "of 40 rows are broken, more than 1%" in refused.error

@@ -29,6 +29,11 @@ from tests.cli.harness import ASSETS, SIGHT, installed, read_rows, run_mmv, writ
         ("chat --image a.jpg b.png c.webp 'Which?'", "mmv chat --image a.jpg --image b.png --image c.webp 'Which?'"),
         ("chat what is this", "mmv chat 'what is this'"),
         ("chat --image a.jpg what is this", "in quotes: mmv chat --image a.jpg 'what is this'"),
+        ("chat a.jpg 'What is this?'", "each image needs its own --image: mmv chat --image a.jpg 'What is this?'"),
+        ("chat a.jpg b.jpg", "mmv chat --image a.jpg --image b.jpg 'What is in the image?'"),
+        ("look 'What is this?' a.jpg", "the question stands last: mmv look a.jpg 'What is this?'"),
+        ("serve out", "each model needs its own --model: mmv serve --model out"),
+        ("web a.pth b.pth", "mmv web --model a.pth --model b.pth"),
         ("data check x.jsonl y.jsonl", "'y.jsonl'"),
         ("info x y", "'y': too many words"),
         # twice what can be one thing only
@@ -100,7 +105,8 @@ def test_the_folder_of_a_run_stands_for_its_weights(trained, tiny_data, tmp_path
 
 def test_a_folder_of_weights_names_them(trained):
     error = run_mmv("chat", "hello", "--model", trained.out, *SIGHT).error
-    assert "name one of pretrain_vlm_128.pth, sft_vlm_128.pth" in error
+    files = ", ".join(str(trained.out / f"{stage}_vlm_128.pth") for stage in ("pretrain", "sft"))
+    assert error == f"{trained.out} has several weights — name one of {files}"
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ CHANGED = {
     "grad_clip": 0.7,
     "seed": 2**62 + 1,
     "dtype": "bfloat16",
+    "reduce_dtype": "bfloat16",
     "device": "cpu",
     "deterministic": True,
     "gpus": 2,

@@ -45,18 +45,18 @@ LINES = {
     1: (row("<image>?", "A dog.", "1.png"), []),
     2: (b"{", ["json"]),
     3: (row("<image>?", "  ", "2.png"), ["empty answer"]),
-    4: (row("<image>?", " ", "none.png"), ["empty answer", "picture missing"]),
-    5: (row("<image>?", "b", "cut.png"), ["picture broken"]),
-    6: (row("<image>?", "b", "page.jpg"), ["picture broken"]),
-    7: (row("<image>?", "b", "bomb.png"), ["picture too large"]),
+    4: (row("<image>?", " ", "none.png"), ["empty answer", "image missing"]),
+    5: (row("<image>?", "b", "cut.png"), ["image broken"]),
+    6: (row("<image>?", "b", "page.jpg"), ["image broken"]),
+    7: (row("<image>?", "b", "bomb.png"), ["image too large"]),
     8: (row("<image><image>?", "b", "3.png"), ["placeholders"]),
     9: (row("a", "b", roles=("user", "robot")), ["roles"]),
     10: (row("a", 3), ["conversations"]),
     11: (row("a", "long " * 300), ["cut"]),
     12: (row("long " * 300, "b"), ["too long"]),
     13: (row("<image>?", "A dog.", "1.png"), ["duplicate row"]),
-    14: (row("<image>!", "Other.", "1.png"), ["duplicate picture"]),
-    15: (row("<image><image>", "b", "none.png, cut.png"), ["picture missing", "picture broken"]),
+    14: (row("<image>!", "Other.", "1.png"), ["duplicate image"]),
+    15: (row("<image><image>", "b", "none.png, cut.png"), ["image missing", "image broken"]),
     16: (json.dumps({"conversations": [{"role": "user", "content": "a"}]}).encode(), ["no answer"]),
     17: (row("a", "b", "\x00"), ["image"]),
     18: (row("what", "yes"), []),
@@ -219,7 +219,7 @@ def test_text_rows_are_information_and_their_pictures_are_not_decoded(dataset, t
     lines = [row("<image>?", "b", "1.png"), *[row(f"Number {n}?", "b", "page.jpg") for n in range(5)]]
     rows = dataset([*lines, row("Missing?", "b", "none.png")])
     report = check(rows, 1, held.rows)
-    assert [(problem.row, problem.kind) for problem in report.problems()] == [(7, "unused picture")]
+    assert [(problem.row, problem.kind) for problem in report.problems()] == [(7, "unused image")]
     result = summary(report, 0.0)
     assert (result["ok"], result["usable"], result["text_rows"]["count"]) == (True, 7, 6)
     assert result["text_rows"]["first"][0] == f"{rows.rows.path}:2"
@@ -237,8 +237,8 @@ def test_pictures_that_are_not_read_are_a_kind_of_their_own(dataset):
         plain,
     ]
     result = summary(check(dataset([json.dumps(line).encode() for line in lines]), 1), 0.01)
-    assert result["kinds"]["pictures not read"]["count"] == 3
-    assert result["kinds"]["pictures not read"]["training"] == "skips the row"
+    assert result["kinds"]["images not read"]["count"] == 3
+    assert result["kinds"]["images not read"]["training"] == "skips the row"
     assert (result["usable"], result["ok"]) == (1, False)
     assert result["text_rows"] == {"count": 0, "first": [], "message": ""}
 

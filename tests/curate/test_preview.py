@@ -19,6 +19,7 @@ from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.images import load_pixels
 from minimind_v.core.pages.preview import preview_page
 from minimind_v.core.rows.stores import open_rows
+from minimind_v.core.wording import size
 from tests.curate.made import ASSETS, PUBLISHED, SPEC, TROUBLE, encoder, recipe, talk, write
 from tests.tokenizers_made import thinking_tokenizer
 
@@ -56,10 +57,15 @@ class Page(HTMLParser):
             self.text += data
 
 
+def test_the_size_of_a_small_file_is_in_bytes():
+    sizes = {1: "1 byte", 302: "302 bytes", 3602: "3.6 kB", 19_618_670: "19.6 MB"}
+    assert {count: size(count) for count in sizes} == sizes
+
+
 def test_every_kind_of_trouble_is_shown(tmp_path):
     shown = views(write(tmp_path, TROUBLE))
     kinds = [view.kind for view in shown]
-    assert kinds == ["", "json", "conversations", "picture missing", "picture broken", "placeholders", "no answer", "",
+    assert kinds == ["", "json", "conversations", "image missing", "image broken", "placeholders", "no answer", "",
                      "too long"]  # fmt: skip
     assert all(bool(view.trouble) == bool(view.kind) for view in shown)
     assert shown[7].unanswered == "nobody answers this"

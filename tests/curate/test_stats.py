@@ -147,5 +147,5 @@ def test_text_rows_have_no_pictures_and_are_counted(tmp_path):
     rows.append({"conversations": talk("?", "No."), "img": "a"})
     report = stats_of(write(tmp_path, rows))
     assert (report["text_rows"], report["images"]["sum"]) == (1, 3)
-    assert report["skipped"]["kinds"] == {"pictures not read": 1}
+    assert report["skipped"]["kinds"] == {"images not read": 1}
     assert "1 of 5 rows have an image but no <image> in their text" in summary(report)["text rows"]

@@ -34,13 +34,13 @@ BROKEN = {  # kind → lines of the file that are broken in this way
     "placeholders": [row("<image>", "b"), row("<image><image>", "b", "7.png"), row("<image>", "b", "7.png, 8.png")],
     "image": [row("<image>", "b", [7]), row("<image>", "b", "a\nb.png"), row("<image>", "b", "\ud800.png")],
     "too long": [row("long " * 200, "b"), row("<image>" * 30, "b", ", ".join(["7.png"] * 30))],
-    "picture missing": [
+    "image missing": [
         row("<image>", "b", "none.png"),
         row("<image>", "b", "x" * 300),
         row("<image><image>", "b", "7.png, no"),
     ],
-    "picture broken": [row("<image>", "b", name) for name in ("empty.png", "cut.png", "page.html")],
-    "picture too large": [row("<image>", "b", "bomb.png")],
+    "image broken": [row("<image>", "b", name) for name in ("empty.png", "cut.png", "page.html")],
+    "image too large": [row("<image>", "b", "bomb.png")],
 }
 
 
@@ -124,7 +124,7 @@ def test_pictures_of_turns_that_were_cut_away_are_not_read(dataset):
     assert isinstance(example, Example)
     assert example.names == ["4.png"]
     assert pixels_of(example)[:, :, 0, 0].tolist() == [shade(4)]
-    assert read(dataset([line], max_length=1000), 0).kind == "picture missing"
+    assert read(dataset([line], max_length=1000), 0).kind == "image missing"
 
 
 def test_a_last_question_goes_with_its_picture(dataset):
@@ -135,7 +135,7 @@ def test_a_last_question_goes_with_its_picture(dataset):
 
 def test_without_pictures_a_row_with_one_says_which_option_is_missing(dataset):
     broken_row = read(dataset([WHOLE], pictures=None), 0)
-    assert broken_row.kind == "picture missing"
+    assert broken_row.kind == "image missing"
     assert "--images" in broken_row.message
 
 

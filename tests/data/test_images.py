@@ -277,7 +277,7 @@ def test_a_draft_of_a_jpeg_that_breaks_off_is_refused(progressive):
     rng = random.Random(7)
     end = len(data) - (3 if progressive else 2)  # the last byte of this progressive file decides no pixel
     for length in [*range(len(data) - 12, end), *(rng.randrange(len(data)) for _ in range(8))]:
-        assert refused(data[:length]).kind == "picture broken", length
+        assert refused(data[:length]).kind == "image broken", length
         assert "cut off" in str(refused(data[:length] + bytes(len(data) - length))) or length < 700
 
 
@@ -343,14 +343,14 @@ def test_broken_exif_costs_no_picture():
     ids=lambda data: repr(data[:12]),
 )
 def test_what_is_no_picture_is_refused(data):
-    assert refused(data).kind == "picture broken"
+    assert refused(data).kind == "image broken"
 
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_that_breaks_off_is_refused_wherever(progressive):
     data = encoded(noise(120, 80), "JPEG", quality=80, progressive=progressive)
     for length in [*range(0, 640, 7), *range(640, len(data) - 40, 131), *range(len(data) - 40, len(data) - 2)]:
-        assert refused(data[:length]).kind == "picture broken", length
+        assert refused(data[:length]).kind == "image broken", length
     load_pixels(data, "whole", SIZE)
 
 
@@ -360,7 +360,7 @@ def test_half_a_file_is_refused(kind):
         pytest.skip("this Pillow has no WEBP")
     data = encoded(noise(120, 80), kind)
     for share in (0.1, 0.5, 0.9):
-        assert refused(data[: int(len(data) * share)]).kind == "picture broken"
+        assert refused(data[: int(len(data) * share)]).kind == "image broken"
 
 
 def damaged(whole: bytes, rng: random.Random) -> bytes:
@@ -416,7 +416,7 @@ def test_damage_gives_a_picture_or_a_row_error_and_nothing_else(kind):
         (b"\0\0\0\x18ftypisom\0\0\0\0", "video"),
         (b'{"error":"not found"}', "JSON"),
         (b"PK\x03\x04" + bytes(30), "zip"),
-        (b"hello", "not a picture"),
+        (b"hello", "not an image"),
     ],
     ids=lambda value: repr(value)[:16],
 )
@@ -427,14 +427,14 @@ def test_what_it_is_instead_of_a_picture_is_said(data, message):
 @pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "ICO", "PDF", "SGI", "XBM", "IM", "MSP", "PALM"])
 def test_only_common_formats_are_read(kind):
     data = encoded(smooth(64, 48).convert({"XBM": "1", "MSP": "1", "PALM": "P"}.get(kind, "RGB")), kind)
-    assert refused(data).kind == "picture broken"
+    assert refused(data).kind == "image broken"
 
 
 def test_truncated_files_are_refused_whatever_the_settings_of_pillow(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     for kind in ("JPEG", "PNG", "TIFF", "BMP"):
         data = encoded(noise(120, 80), kind)
-        assert refused(data[: len(data) * 3 // 4]).kind == "picture broken"
+        assert refused(data[: len(data) * 3 // 4]).kind == "image broken"
     assert ImageFile.LOAD_TRUNCATED_IMAGES, "and it is left as it was"
 
 
@@ -477,14 +477,14 @@ def test_a_tiff_with_tiles_larger_than_any_picture_is_refused():
     tags = {256: 16, 257: 16, 258: 8, 259: 5, 262: 1, 277: 1, 322: 23_168, 323: 23_168, 324: 300, 325: 2000}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     data = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4000)
-    assert refused(data).kind == "picture too large"
+    assert refused(data).kind == "image too large"
 
 
 def test_a_webp_that_would_take_gigabytes_is_refused():
     if not features.check("webp"):
         pytest.skip("this Pillow has no WEBP")
     data = encoded(Image.new("RGB", (9000, 6000)), "WEBP", lossless=True, method=0, quality=0)
-    assert refused(data).kind == "picture too large"
+    assert refused(data).kind == "image too large"
 
 
 @pytest.mark.parametrize(
@@ -492,8 +492,8 @@ def test_a_webp_that_would_take_gigabytes_is_refused():
 )
 def test_a_decompression_bomb_is_refused_by_its_header(width, height):
     begun = time.process_time()
-    assert refused(png_header(width, height)).kind == "picture too large"
-    assert refused(b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + bytes(3) + b",").kind.startswith("picture")
+    assert refused(png_header(width, height)).kind == "image too large"
+    assert refused(b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + bytes(3) + b",").kind.startswith("image")
     assert time.process_time() - begun < 3
 
 
@@ -737,7 +737,7 @@ def test_a_tiff_whose_fields_are_larger_than_it_is_refused():
 
 def test_large_ppms_that_are_read_number_by_number_are_refused():
     for data in (b"P3 4000 4000 255\n" + b"1 " * 999, b"P6 5000 5000 100\n" + bytes(999)):
-        assert refused(data).kind == "picture too large"
+        assert refused(data).kind == "image too large"
     assert (load_pixels(b"P3 1 1 255\n10 20 30\n", "text", SIZE)[:, 0, 0] == [10, 20, 30]).all()
 
 

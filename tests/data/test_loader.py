@@ -323,6 +323,7 @@ def test_a_worker_frees_nothing_that_it_has_inherited(tmp_path):
     try:
         Heirloom(tmp_path / "freed")
         assert list(load_steps(Collecting(), 1)) == [[], []]
+        gc.collect()
     finally:
         gc.enable()
     assert (tmp_path / "freed").read_text() == f"{os.getpid()}\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import minimind_v.core.demo
+from minimind_v.core.cuda_graph import EAGER
 from minimind_v.core.data.batch import Batch
-from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
+from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder, open_feature_cache
 from minimind_v.core.data.vision_stage import AHEAD, VisionStage, encode_ahead
 from minimind_v.core.formats.vision_tower import load_encoder
 
@@ -38,7 +40,7 @@ def features_of(pixel_values: Tensor) -> Tensor:
     return pixel_values.float().sum(dim=(1, 2, 3))[:, None, None].expand(-1, PATCHES, WIDTH).clone()
 
 
-def cannot_record(encode):
+def cannot_record(encode, device, pool):
     raise RuntimeError("there is no CUDA")
 
 
@@ -163,33 +165,48 @@ def test_a_recording_is_replayed_for_full_groups_and_gives_the_same_bits():
     encoder = FeatureEncoder(load_encoder(Path(minimind_v.core.demo.__file__).parent / "assets/vision"), CPU, "float32")
     encoder.group, calls, encode = 4, [], encoder.encode
     encoder.encode = lambda pixels: calls.append(len(pixels)) or encode(pixels)  # type: ignore[method-assign]
+    groups = EAGER + 3
 
-    def record(work):
+    def record(work, device, pool):
         trace = make_fx(lambda: work())()
         return lambda: trace()
 
-    images = torch.randint(0, 256, (14, 3, 64, 64), dtype=torch.uint8)
+    images = torch.randint(0, 256, (4 * groups + 2, 3, 64, 64), dtype=torch.uint8)
     steps = [[batch_of(rows, [False, False])] for rows in images.split(2)]
     handed_out = list(VisionStage(FeatureCache(), encoder, record).steps(iter(steps)))
     features = torch.cat([batch.image_features for batches in handed_out for batch in batches])
     assert torch.equal(features, encode(images))
-    assert calls == [4, 4, 2], "the first group, its recording, and the last images, which are no group"
+    assert calls == [4] * (EAGER + 2) + [2], "the first groups, the recording, the comparison, and a rest"
 
 
 @pytest.mark.parametrize("trouble", ["differs", "fails"])
-def test_a_recording_that_fails_or_differs_is_reported_once_and_not_used(trouble):
+def test_a_recording_that_fails_or_differs_by_a_bit_is_reported_once_and_not_used(trouble):
     attempts, warnings = [], []
 
-    def record(encode):
+    def record(encode, device, pool):
         attempts.append(1)
         if trouble == "fails":
             raise RuntimeError("operation not permitted when stream is capturing\nlong words")
-        return lambda: encode() + 1
 
-    images = torch.randint(0, 256, (12, 3, SIZE, SIZE), dtype=torch.uint8)
+        def replay():
+            encode()
+            ahead._features[0, 0, 0] += 1e-3
+
+        return replay
+
+    images = torch.randint(0, 256, (4 * (EAGER + 4), 3, SIZE, SIZE), dtype=torch.uint8)
     steps = [[batch_of(rows, [False] * 4)] for rows in images.split(4)]
-    handed_out = stage(StandIn(4), FeatureCache(warn=warnings.append), record).steps(iter(steps))
-    assert torch.equal(torch.cat([batches[0].image_features for batches in handed_out]), features_of(images))
+    ahead = stage(StandIn(4), FeatureCache(warn=warnings.append), record)
+    features = [batches[0].image_features for batches in ahead.steps(iter(steps))]
+    assert torch.equal(torch.cat(features), features_of(images))
     assert len(attempts) == 1
-    reason = "its features differ" if trouble == "differs" else "operation not permitted when stream is capturing"
-    assert warnings == [f"images are encoded without a CUDA graph: {reason}"]
+    failure = "it cannot be recorded (operation not permitted when stream is capturing)"
+    reason = "it gives other results" if trouble == "differs" else failure
+    assert warnings == [f"images are encoded without a CUDA graph, which takes longer: {reason}"]
+
+
+def test_a_run_that_stores_no_features_hears_of_it(tmp_path):
+    spec, warnings = SimpleNamespace(tokens_per_image=PATCHES, width=WIDTH), []
+    encoder = SimpleNamespace(encoder=SimpleNamespace(spec=spec), kind="float32", device=CPU)
+    open_feature_cache("off", tmp_path, encoder, 9, str, warnings.append).warn("it is slow")  # type: ignore[arg-type]
+    assert warnings == ["it is slow"]

@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from tests.cli.harness import ROOT, run_mmv
-from tests.docs.conftest import commands
+from tests.docs.conftest import check_outputs, commands
 from tests.export.made import jpeg
 from tests.export.test_publish import Hub
 
@@ -22,18 +22,13 @@ def hub(workplace, monkeypatch):
         yield hub
 
 
-def names(table):
-    return [line.split("  ")[0] for line in table]
-
-
 @pytest.mark.long
 def test_the_commands_and_the_program_run(hub, capsys):
     lines = commands(PAGE)
     assert [line.split()[1] for line in lines] == ["convert", "info", "chat", "convert", "upload"]
     results = [run_mmv(*shlex.split(line)[1:]) for line in lines]
     assert [ended.err for ended in results if ended.code] == []
-    shown = re.search(r"```\n(opened by.*?)```", PAGE, re.DOTALL)[1].splitlines()
-    assert names(shown) == names(results[0].out.splitlines()[: len(shown)])
+    check_outputs(PAGE, results[0].out + results[0].err)
     assert "README.md" in hub.repos["me/minimind-v"]
     (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     exec(program, {})

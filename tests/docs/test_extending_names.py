@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import sqlite3
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +17,14 @@ import torch
 from torch import nn
 
 from minimind_v.core.config.freeze import FREEZE_POLICIES
+from minimind_v.core.data.layouts import CHAT_LAYOUTS
+from minimind_v.core.errors import UsageError
+from minimind_v.core.evaluate.tasks import TASKS
+from minimind_v.core.export.targets import TARGETS
+from minimind_v.core.extensions import load_extensions
 from minimind_v.core.formats.checkpoint import export_tensors, read_checkpoint
+from minimind_v.core.model.projector import PROJECTORS
+from minimind_v.core.model.vision.spec import TOWERS
 from minimind_v.core.train.freeze import freeze
 from tests.cli.harness import ROOT, SIGHT, installed, read_rows, sighted, sighted_model, tiny_data
 
@@ -41,6 +50,30 @@ def example(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+TABLES = {"TOWERS": TOWERS, "PROJECTORS": PROJECTORS, "FREEZE_POLICIES": FREEZE_POLICIES,
+          "CHAT_LAYOUTS": CHAT_LAYOUTS, "TASKS": TASKS, "TARGETS": TARGETS}  # fmt: skip
+
+
+def test_the_page_lists_the_names_that_are_taken():
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    listed = {name: re.search(rf"^\| `{name}` \| (.*) \|$", page, re.MULTILINE)[1] for name in TABLES}
+    assert listed == {name: ", ".join(f"`{own}`" for own in table.own) for name, table in TABLES.items()}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("add", ["TABLE[NAME] = TABLE[NAME]", "TABLE.update({NAME: TABLE[NAME]})"])
+def test_an_extension_cannot_take_the_name_of_a_part_of_the_package(table, add, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    taken = TABLES[table].own[-1]
+    module = next(module for module in list(sys.modules.values()) if vars(module).get(table) is TABLES[table])
+    file = f"own_{table.lower()}_{len(add)}.py"
+    Path(file).write_text(add.replace("TABLE", f"__import__('sys').modules[{module.__name__!r}].{table}")
+                          .replace("NAME", repr(taken)))  # fmt: skip
+    monkeypatch.setenv("MMV_EXTENSIONS", file)
+    with pytest.raises(UsageError, match=rf"^MMV_EXTENSIONS: {file}: {taken} exists; choose another name"):
+        load_extensions()
 
 
 @pytest.mark.parametrize("name", NAMES)

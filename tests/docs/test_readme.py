@@ -15,6 +15,7 @@ from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.curate.convert import convert
 from minimind_v.core.demo import world
 from minimind_v.core.demo.dataset import write_pictures, write_pretrain, write_sft
+from minimind_v.core.errors import RowError
 from minimind_v.core.formats.checkpoint import export_tensors, write_checkpoint
 from minimind_v.core.hub.sources import SOURCES
 from minimind_v.core.model.vision.encoder import read_vision_spec
@@ -45,7 +46,7 @@ def working_folder(tmp_path_factory):
     shutil.copy(ASSETS / "tokenizer.json", folder / "demo" / TOKENIZER_DIR)
     write_pictures(folder / "demo" / "pictures", random.Random(4), set())
     blank_weights(folder / "demo" / "out" / "sft_vlm_128.pth", "demo", projector=True)
-    sft, _ = write_sft(folder / "mine", random.Random(2), 5)
+    sft, _ = write_sft(folder / "mine", random.Random(2), 3)
     rows = [row | {"conversations": row["conversations"][:2]} for row in read_rows(sft.data)]  # soon learnt by heart
     for name in ("mine.jsonl", "held_out.jsonl"):
         write_rows(folder / name, rows)
@@ -81,15 +82,30 @@ def hub(tmp_path_factory):
 def test_every_mmv_command_runs_as_it_stands(working_folder, hub, monkeypatch):
     monkeypatch.chdir(working_folder)
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-    lines = [line for line in commands(ENGLISH) if line.startswith("mmv ")]
-    assert len(lines) >= 14
+    lines = [line for line in commands(ENGLISH) if line.startswith(("mmv ", "cd demo", "cd .."))]
+    assert len(lines) >= 16
     for line in lines:
+        if line.startswith("cd "):
+            monkeypatch.chdir(line.removeprefix("cd "))
+            continue
         done = installed(*shlex.split(line)[1:])
         assert done.code == 0, f"{line}\n{done.err}"
     assert "parquet" in (working_folder / "out" / "pretrain_vlm_512" / "config.yaml").read_text()
     assert (working_folder / "out" / "sft_vlm_512.safetensors").is_file()
     assert (working_folder / "mine" / "sft_vlm_512.pth").is_file()
+    assert (working_folder / "demo" / "few" / "sft_vlm_128.pth").is_file()
     assert (working_folder / "few" / "sft_vlm_512.pth").is_file()
+
+
+@pytest.mark.parametrize("page", [ENGLISH, CHINESE], ids=["English", "Chinese"])
+def test_the_message_about_a_broken_row_is_that_of_the_program(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    write_rows(Path("mine.jsonl"), [{"image": "dog.jpg", "conversations": []}] * 17)
+    rows = open_rows(Path("mine.jsonl"), Path("pictures"))
+    with pytest.raises(RowError) as caught:
+        rows.picture(16, 0, "dog.jpg")
+    assert f"`{rows.location(16)}: {caught.value}`" in page
 
 
 def test_make_targets_exist():

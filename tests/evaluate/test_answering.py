@@ -15,6 +15,7 @@ from minimind_v.core.config.schema import TextConfig, VisionSpec
 from minimind_v.core.data.feature_cache import FeatureEncoder, open_feature_cache
 from minimind_v.core.errors import RunError
 from minimind_v.core.evaluate import answering as answering_module
+from minimind_v.core.evaluate import by_task
 from minimind_v.core.evaluate.answering import Answering, Features
 from minimind_v.core.evaluate.ask import Ask
 from minimind_v.core.evaluate.benchmarks import open_benchmark
@@ -170,7 +171,8 @@ def test_features_that_a_training_run_left_are_read(measure, tmp_path, monkeypat
         pixels = load_pixels(data, "picture", *measure.model.spec.preparation)
         memory.store.write([digest(data)], encoder.encode(torch.from_numpy(np.stack([pixels]))))
     monkeypatch.setattr(FeatureEncoder, "encode", lambda self, images: encoded.append(1) or encode(self, images))
-    assert measure("with", memory=memory) == expected
+    monkeypatch.setattr(by_task, "features_beside", lambda *_: memory)
+    assert measure("with") == expected
     assert len(encoded) == 3 + 1
 
 

@@ -266,7 +266,7 @@ def test_what_cannot_be_measured_is_skipped_with_its_reason(run):
     rows += [records(1)[0] | {"image": name} for name in ("no.jpg", "broken.jpg")]
     report, _ = run("vqa", rows)
     assert (report["rows"], report["skipped"]) == (4, 3)
-    assert report["skipped_reasons"] == {"missing field": 1, "picture missing": 1, "picture broken": 1}
+    assert report["skipped_reasons"] == {"missing field": 1, "image missing": 1, "image broken": 1}
     with pytest.raises(DataError, match=r"no question for the task choice; the first problem: .*no choices"):
         run("choice")
 

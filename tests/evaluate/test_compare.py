@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import os
 import re
+import socket
+from pathlib import Path
 
 import pytest
 from scipy import stats as reference
 
 from minimind_v.core.errors import DataError, MissingInput, UsageError
 from minimind_v.core.evaluate.compare import compare, read_predictions
+from minimind_v.core.evaluate.sheets import read_thumbnails
 from minimind_v.core.pages.compare_report import compare_page
 from tests.cli.harness import run_mmv
 
@@ -46,6 +51,23 @@ def test_the_difference_is_b_less_a_on_the_questions_with_their_images(predictio
         ("q0", 0, 1), ("q4", 0, 1), ("q5", 1, 0),
     ]  # fmt: skip
     assert report["changed"][0]["second"] == "a 1"
+
+
+def test_an_evaluation_that_is_compared_with_itself_is_named(predictions):
+    path, other = predictions("a", [0, 1]), predictions("b", [1, 0])
+    warning = f"the same evaluation is on both sides: {path}"
+    assert warning in run_mmv("compare", path, path.parent).err
+    assert warning in run_mmv("compare", path, other, "--", path, other).err
+    assert run_mmv("compare", path, other).err == ""
+
+
+def test_an_empty_answer_is_shown_as_such(predictions):
+    first, second = predictions("a", [0, 1], answer=""), predictions("b", [1, 1], answer="a cat")
+    ended = run_mmv("compare", first, second)
+    assert "→ cat: (empty) / a cat" in ended.out
+    assert "1 question changed the score" in ended.out
+    page = compare_page(compare([read_predictions(first)], [read_predictions(second)]), {})
+    assert "(empty)" in page
 
 
 def test_a_report_leads_to_its_predictions(predictions):
@@ -131,7 +153,7 @@ def test_what_cannot_be_compared_is_refused(predictions, tmp_path):
         ({"score": 1, "statistics": 5}, r":2: the statistics are not lists of numbers by metric"),
         ({"score": 1, "statistics": {"vqa": [1, None]}}, r":2: the statistics are not lists of numbers by metric"),
         ({"score": 1, "statistics": {"vqa": 1}}, r":2: the statistics are not lists of numbers by metric"),
-        (b"\xff", r"damaged\.jsonl: the text is not UTF-8"),
+        (b"\xff", r":2: the text is not UTF-8"),
         (b"[1]", r":2: not a JSON object"),
     ],
 )
@@ -152,6 +174,62 @@ def test_a_report_that_names_no_predictions_is_refused(tmp_path):
     report.write_text(json.dumps({"predictions": "gone.jsonl"}))
     with pytest.raises(MissingInput, match=r"gone\.jsonl, which .* names"):
         read_predictions(report)
+
+
+SPECIAL = {
+    "pipe": os.mkfifo,
+    "socket": lambda path: socket.socket(socket.AF_UNIX).bind(str(path)),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("make", SPECIAL.values(), ids=SPECIAL)
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch, make):
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    for name in ("predictions.jsonl", "report.json"):
+        make(Path(name))
+        with pytest.raises(MissingInput, match=rf"a pipe, a socket or a device is at {name} — "):
+            read_predictions(Path(name))
+    Path("named.json").write_text(json.dumps({"predictions": "predictions.jsonl"}))
+    with pytest.raises(MissingInput, match=r"is at predictions\.jsonl, which named\.json names"):
+        read_predictions(Path("named.json"))
+
+
+@pytest.mark.parametrize("make", SPECIAL.values(), ids=SPECIAL)
+def test_a_page_has_no_thumbnails_where_their_file_is_no_regular_one(predictions, tmp_path, monkeypatch, make):
+    sides = [predictions(name, [0, 1]).parent for name in "ab"]
+    monkeypatch.chdir(sides[0])
+    make(Path("thumbnails.jsonl"))
+    assert run_mmv("compare", *sides, "--html", tmp_path / "page.html").code == 0
+
+
+def test_giant_files_are_refused_without_being_read(tmp_path):
+    for name in ("report.json", "predictions.jsonl", "huge.jsonl"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(1 << (40 if name.startswith("huge") else 25))  # holes
+        with pytest.raises(DataError, match=r"1: longer than|larger than"):
+            read_predictions(tmp_path / name)
+
+
+def test_giant_thumbnails_are_left_out(tmp_path):
+    small = {"picture": "a", "jpeg": [base64.b64encode(b"small").decode()]}
+    giant = {"picture": "b", "jpeg": [base64.b64encode(bytes(1 << 20)).decode()]}
+    many = ({"picture": f"c{number}", "jpeg": []} for number in range(5000))
+    (tmp_path / "thumbnails.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in (giant, small, *many)))
+    thumbnails = read_thumbnails(tmp_path)
+    assert thumbnails["a"] == [b"small"]
+    assert "b" not in thumbnails
+    assert len(thumbnails) <= 1000
+    with (tmp_path / "thumbnails.jsonl").open("r+b") as file:
+        file.truncate(1 << 40)  # holes
+    assert read_thumbnails(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "\ud800"])
+def test_a_report_may_name_what_no_file_can_be_called(tmp_path, name):
+    (tmp_path / "report.json").write_text(json.dumps({"predictions": name}))
+    with pytest.raises(MissingInput, match=r"no predictions at .*, which .*report\.json names"):
+        read_predictions(tmp_path / "report.json")
 
 
 def test_an_answer_may_have_every_line_separator_of_unicode(tmp_path):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from scipy import stats as reference
 
+from minimind_v.core.evaluate.ask import Reply
+from minimind_v.core.evaluate.questions import Question
 from minimind_v.core.evaluate.statistics import (
     Influences,
     Metric,
@@ -18,6 +23,8 @@ from minimind_v.core.evaluate.statistics import (
     rows_to_see,
     seeds_difference,
 )
+from minimind_v.core.evaluate.tasks.task import statistics_of
+from minimind_v.core.evaluate.tasks.yesno import YesNo
 
 SHARE, MEAN = Metric("accuracy"), Metric("loss", is_share=False)
 
@@ -73,6 +80,79 @@ def test_the_interval_of_a_tiny_share_holds_it_over_many_shares(rows, share):
         truth = near if share < 0.5 else 1 - near
         held.append(coverage(SHARE, lambda truth=truth: (rng.random(rows) < truth, names([1] * rows)), truth, 100))
     assert 93 <= np.mean(held) <= 98
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that answers yes to so many of the questions whose answer is yes, which are `true`, and of the others."""
+
+    true: float
+    hits: float
+    false_alarms: float
+
+    def near(self, rng):
+        """One with nearly the same shares: a count of few rows is whole, and coverage swings with a single share."""
+        return Model(*np.clip(np.array([self.true, self.hits, self.false_alarms]) + rng.uniform(-0.03, 0.03, 3), 0, 1))
+
+    def answers(self, rng, is_yes):
+        return rng.random(len(is_yes)) < np.where(is_yes, self.hits, self.false_alarms)
+
+    def figures(self):
+        both, yes = self.true * self.hits, self.true * self.hits + (1 - self.true) * self.false_alarms
+        return {
+            "accuracy": both + (1 - self.true) * (1 - self.false_alarms),
+            "precision": both / yes,
+            "recall": self.hits,
+            "f1": 2 * both / (yes + self.true),
+            "yes_share": yes,
+        }
+
+
+MODELS = Model(0.5, 0.8, 0.3), Model(0.2, 0.7, 0.1), Model(0.5, 0.9, 0.05), Model(0.3, 0.3, 0.3), Model(0.1, 0.5, 0.1)
+
+
+def yes_no_rows(says_yes, is_yes):
+    """The statistics of these answers by metric, as the task `yesno` gives them."""
+    task, verdicts = YesNo("yesno", {}), []
+    for says, truth in itertools.product((False, True), repeat=2):
+        question = Question("q", 0, "", (("user", "?"),), (), ("yes" if truth else "no",))
+        verdicts.append(task.judge(question, [Reply("yes" if says else "no")]).statistics)
+    which = 2 * says_yes.astype(int) + is_yes
+    return {metric: statistics_of(metric, verdicts)[which] for metric in YesNo.metrics}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("n", "times"), [(20, 300), (50, 300), (200, 300), (2000, 120)])
+def test_the_intervals_of_all_figures_of_yes_and_no_hold_them(n, times):
+    """Of five models together; of few rows with a yes each by itself swings."""
+    rng, held = np.random.default_rng(15), defaultdict(list)
+    for model in MODELS:
+        for _ in range(times):
+            drawn = model.near(rng)
+            is_yes = rng.random(n) < drawn.true
+            for metric, rows in yes_no_rows(drawn.answers(rng, is_yes), is_yes).items():
+                result = estimate(metric, rows, names([1] * n))
+                if result.low is not None:
+                    held[metric.name].append(result.low <= drawn.figures()[metric.name] <= result.high)
+    assert {name: 93 <= 100 * np.mean(own) <= 97 for name, own in held.items()} == dict.fromkeys(held, True), {
+        name: round(100 * np.mean(own), 1) for name, own in held.items()
+    }
+    assert len(held) == 5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("n", [20, 50, 200])
+@pytest.mark.parametrize("model", MODELS, ids=map(str, range(5)))
+def test_p_of_equal_models_is_below_5_in_100_in_at_most_6(n, model):
+    rng, small, times = np.random.default_rng(16), defaultdict(list), 300
+    for _ in range(times):
+        is_yes = rng.random(n) < model.true
+        first, second = (yes_no_rows(model.answers(rng, is_yes), is_yes) for _ in range(2))
+        for metric in YesNo.metrics:
+            result = difference(metric, first[metric], second[metric], names([1] * n))
+            small[metric.name].append(result.p is not None and result.p < 0.05)
+    most = reference.binom.ppf(0.999, times, 0.06)  # of as many as 6 in 100, by chance
+    assert {name: sum(own) for name, own in small.items() if sum(own) > most} == {}
 
 
 @pytest.mark.long
@@ -191,6 +271,28 @@ def test_wilsons_interval_of_independent_rows_is_that_of_scipy_but_for_students_
     result = estimate(SHARE, rows_of(values), names([1] * 400))
     expected = reference.binomtest(90, 400).proportion_ci(0.95, "wilson")
     assert (result.low, result.high) == pytest.approx((expected.low, expected.high), abs=5e-4)
+
+
+def test_the_interval_of_f1_is_wilsons_of_the_share_that_f1_grows_with():
+    """12 true yeses of which 9 are found, and 4 false ones: F1 is 18/25, and 9 of 16 rows with a yes are right."""
+    is_yes = np.array([True] * 12 + [False] * 28)
+    says_yes = np.array([True] * 9 + [False] * 3 + [True] * 4 + [False] * 24)
+    rows = {metric.name: (metric, own) for metric, own in yes_no_rows(says_yes, is_yes).items()}
+    result = estimate(*rows["f1"], names([1] * 40))
+    ends = reference.binomtest(9, 16).proportion_ci(0.95, "wilson")
+    assert result.value == pytest.approx(18 / 25)
+    assert (result.low, result.high) == pytest.approx([2 * end / (1 + end) for end in ends])
+    assert result.n == 16
+
+
+def test_three_mistakes_of_one_side_do_not_prove_a_difference_of_precision():
+    is_yes = np.array([True] * 22 + [False] * 28)
+    says_yes = is_yes.copy()
+    says_yes[22:25] = True
+    for first, second in zip(yes_no_sums(is_yes, is_yes), yes_no_sums(says_yes, is_yes), strict=True):
+        result = difference(SHARE, first, second, names([1] * 50))
+        assert result.p > 0.05
+        assert result.low < 0 < result.high
 
 
 def test_clusters_of_copies_count_once():

@@ -156,6 +156,7 @@ def test_an_export_that_is_not_the_same_is_refused_and_gone(what, prover, tmp_pa
         spoil(folder)
         return facts, prover.call("minimind_v.core.export.prove.verify_hf:verify", order, folder)
 
+    monkeypatch.delitem(folders.TARGETS, "hf")
     monkeypatch.setitem(folders.TARGETS, "hf", Target("", write_and_prove))
     ended = run_mmv("convert", "--to", "hf", "--model", weights("dense"), *SIGHT, "--out", tmp_path / "new" / "out")
     assert ended.code == 1

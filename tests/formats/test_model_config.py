@@ -79,6 +79,24 @@ def test_a_projector_that_no_table_has_is_refused_and_extensions_are_named():
         VLM(DENSE, SPEC, 5, projector="liner")
 
 
+def test_the_description_of_a_projector_outweighs_a_guess_from_its_tensors(tmp_path):
+    """Its first tensor has the name of minimind-3v's, and the two dimensions of its form of April."""
+    config, tensors = ModelConfig(DENSE, SPEC, "linear"), state()
+    tensors |= {"vision_proj.mlp.0.weight": tensors.pop("vision_proj.vision_proj.0.weight")}
+    tensors["vision_proj.mlp.0.bias"] = tensors.pop("vision_proj.vision_proj.0.bias")
+    write_checkpoint(tmp_path / "w.pth", tensors, config, "sft")
+    with pytest.raises(WeightsError, match=r"names the projector 'linear', its tensors are those of another kind"):
+        read_checkpoint(tmp_path / "w.pth")
+    described = json.loads((tmp_path / "w.json").read_text())
+    described["projector"]["type"] = "own"
+    (tmp_path / "w.json").write_text(json.dumps(described))
+    checkpoint = read_checkpoint(tmp_path / "w.pth")
+    assert (checkpoint.projector, checkpoint.vision_width) == ("own", SPEC.width)
+    (tmp_path / "w.json").unlink()
+    with pytest.raises(WeightsError, match="in its form of April"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
 def test_the_projector_changes_tokens_per_image_for_prompts_only(monkeypatch):
     class Half(PROJECTORS["linear"]):
         @staticmethod

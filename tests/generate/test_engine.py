@@ -316,7 +316,7 @@ def test_a_prompt_is_that_of_the_layout_with_and_without_thinking(tmp_path):
 
 def test_messages_and_images_that_do_not_belong_together_are_reported():
     engine = new_engine(make_model())
-    with pytest.raises(UsageError, match="the messages have 2 <image> marks for 1 images"):
+    with pytest.raises(UsageError, match="the messages have 2 <image> marks for 1 image"):
         engine.prompt(conversation(2), [picture(0)])
     with pytest.raises(RowError, match="do not alternate"):
         engine.prompt([{"role": "assistant", "content": "Yes."}])

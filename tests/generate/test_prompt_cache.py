@@ -157,6 +157,13 @@ def test_no_more_bytes_are_kept_than_allowed(model, counted):
     assert ask(session, FIRST, [picture(1), picture(2)]) == fresh(model, FIRST, [picture(1), picture(2)])
 
 
+def test_what_two_threads_add_counts_once():
+    store = kept.Store(100)
+    for _ in range(2):
+        store.add(b"image", torch.zeros(10, dtype=torch.uint8))
+    assert (len(store), store.size) == (1, 10)
+
+
 def test_a_model_that_is_gone_is_not_kept(model):
     other = make_model(seed=1)
     ask(Session(other, tokenizer(), GREEDY), FIRST, [picture(1)])

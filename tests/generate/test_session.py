@@ -373,7 +373,7 @@ def test_a_users_own_placeholders_are_no_picture(talk):
 def test_pictures_that_cannot_be_shown_are_reported(talk, tmp_path):
     (tmp_path / "page.jpg").write_text("<!DOCTYPE html>")
     session = talk()
-    with pytest.raises(RowError, match=r"page\.jpg: the picture cannot be decoded \(an HTML page"):
+    with pytest.raises(RowError, match=r"page\.jpg: the image cannot be decoded \(an HTML page"):
         session.ask(FIRST, [tmp_path / "page.jpg"])
     with pytest.raises(MissingInput, match="no image file at"):
         session.ask(FIRST, [tmp_path / "none.jpg"])

@@ -14,7 +14,7 @@ from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.engine import Engine
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
-from minimind_v.core.generate.trace import BATCH_IMAGES, TraceSettings, encode_answer, paint, trace_answer
+from minimind_v.core.generate.trace import BATCH_BLOCKS, TraceSettings, encode_answer, paint, trace_answer
 from tests.cli.harness import tokenizer
 from tests.generate.made import KINDS, make_model
 from tests.generate.test_prompt_cache import picture
@@ -180,7 +180,7 @@ def test_words_of_a_patch_are_the_nearest_embeddings_that_are_words():
 def test_the_occlusion_map_is_a_forward_pass_for_each_painted_patch(kind):
     model = make_model(seed=2, **KINDS[kind])
     trace, prompt = traced(model, 3, answer="green 大", occlusion=True)
-    assert 3 * PATCHES > BATCH_IMAGES, "else one batch holds all"
+    assert 3 * PATCHES > BATCH_BLOCKS, "else one batch holds all"
     assert trace.block == 1
     assert trace.occlusion.shape == (len(trace.tokens), 3 * PATCHES)
     ids = ids_of(model, trace)
@@ -223,6 +223,25 @@ def test_the_likeliest_answer_is_no_likelier_than_its_tokens_alone():
     assert len(trace.tokens) == 12
     for token in trace.tokens:
         assert token.probability >= token.rivals[0].value - 1e-6
+
+
+def test_an_image_is_encoded_once_for_all_and_no_painted_one_is_kept(monkeypatch):
+    model, encoded, reports = make_model(seed=2), [], []
+    encode = model.vision_encoder.forward
+    monkeypatch.setattr(model.vision_encoder, "forward", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    engine = engine_of(model)
+    prompt = prompt_of(engine, 2)
+    for settings, new, blocks in (
+        (TraceSettings(max_new_tokens=4), 3, 0),  # the two images, and a grey one; the swapped ones are the same two
+        (TraceSettings(answer="a star"), 0, 0),
+        (TraceSettings(answer="a star", occlusion=True), 2 * PATCHES, 2 * PATCHES),
+        (TraceSettings(answer="a star", occlusion=True), 2 * PATCHES, 2 * PATCHES),
+    ):
+        encoded.clear()
+        reports.clear()
+        trace_answer(engine, prompt, settings, progress=lambda *report: reports.append(report))
+        assert sum(encoded) == new
+        assert reports == ([(0, blocks), (blocks, blocks)] if blocks else [])
 
 
 def test_painting_all_patches_gives_the_blank_image():

@@ -89,12 +89,12 @@ def test_parquet_files_of_images_need_an_id_and_bytes(tmp_path):
     file = tmp_path / "images/a.parquet"
     file.parent.mkdir()
     file.write_bytes(parquet({"name": "n1", "image": {"bytes": PICTURE}}))
-    with pytest.raises(DataError, match=r"a.parquet: no column `id` — pictures need `id`, `image`"):
+    with pytest.raises(DataError, match=r"a.parquet: no column `id` — images need `id`, `image`"):
         open_pictures(file.parent)
     file.write_bytes(parquet({"id": 1, "image": {"bytes": PICTURE}}, {"id": 2, "image": None}))
     pictures = open_pictures(file.parent)
     assert pictures.read("1") == PICTURE
-    for name, problem in (("2", "no bytes of this picture"), ("3", "no picture with this id")):
+    for name, problem in (("2", "no bytes of this image"), ("3", "no image with this id")):
         with pytest.raises(RowError, match=problem):
             pictures.read(name)
     file.write_bytes(b"damaged")

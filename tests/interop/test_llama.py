@@ -38,7 +38,7 @@ def test_conversion_asks_llama_cpp_itself(exported):
     verified = exported[1]
     assert verified["opened by"].startswith("llama.cpp")
     assert float(re.match(r"([\d.]+)%", verified["logits"])[1]) < 1
-    assert float(re.match(r"([\d.]+)%", verified["picture features"])[1]) < 1
+    assert float(re.match(r"([\d.]+)%", verified["image features"])[1]) < 1
 
 
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])

@@ -3,11 +3,13 @@
 import shutil
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from minimind_v.core.config.freeze import FREEZE_POLICIES
 from minimind_v.core.model.kernels import cuda_moe
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.kernels.compiled import _batch, _passes, compile_decoder
@@ -23,25 +25,45 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=KINDS.values(), ids=KINDS)
-def kind(request, monkeypatch):
-    """A decoder with the parts of a GPU, and its precision: experts are grouped in bf16 only."""
+@pytest.fixture
+def grouped(monkeypatch):
+    """Experts are computed as on a GPU, and the compiler knows of nothing before."""
     monkeypatch.setattr(cuda_moe, "is_grouped", lambda *_: hasattr(F, "grouped_mm"))
     torch._dynamo.reset()
-    lower = partial(torch.autocast, "cpu", torch.bfloat16)
-    yield new_decoder(**request.param), lower if request.param.get("use_moe") else nullcontext
+    yield
     torch._dynamo.reset()
 
 
-def new_decoder(**sizes):
-    model = accelerate(tiny_vlm(num_hidden_layers=2, **sizes).train(), torch.device("cuda"))
-    freeze(model, "projector+last")
+# Of each kind the policies of both stages, of one all: a compiler takes seconds.
+FREEZES = [
+    (kind, policy)
+    for kind, policy in product(KINDS, FREEZE_POLICIES)
+    if policy in ("projector+last", "all") or kind == "3v-moe"
+]
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def kind(request, grouped):
+    """The sizes of a decoder."""
+    return request.param
+
+
+def new_decoder(policy="projector+last", **sizes):
+    """With the parts of a GPU."""
+    model = accelerate(tiny_vlm(**{"num_hidden_layers": 2} | sizes).train(), torch.device("cuda"))
+    freeze(model, policy)
     return model.model
 
 
+def precision_of(use_moe=False, **sizes):
+    """Experts are grouped in bf16 only."""
+    return partial(torch.autocast, "cpu", torch.bfloat16) if use_moe else nullcontext
+
+
 @pytest.mark.long
-def test_it_is_one_piece_of_real_numbers_for_all_lengths(kind):
-    (decoder, precision), graphs = kind, []
+@pytest.mark.parametrize(("name", "policy"), FREEZES)
+def test_it_is_one_piece_of_real_numbers_for_all_lengths(name, policy, grouped):
+    decoder, precision, graphs = new_decoder(policy, **KINDS[name]), precision_of(**KINDS[name]), []
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -63,7 +85,7 @@ def test_it_is_one_piece_of_real_numbers_for_all_lengths(kind):
 
 @pytest.mark.long
 def test_forward_and_backward_are_those_of_the_decoder(kind):
-    decoder, precision = kind
+    decoder, precision = new_decoder(**kind), precision_of(**kind)
     batches = [_batch(decoder, *shape) for shape in ((2, 48), (3, 80), (2, 57))]
     expected = [_passes(decoder, precision, batch) for batch in batches]
     assert compile_decoder(decoder, precision, "aot_eager") is None
@@ -73,6 +95,25 @@ def test_forward_and_backward_are_those_of_the_decoder(kind):
         for tensor, other in zip(tensors, others, strict=True):
             gap = torch.linalg.vector_norm(tensor - other) / torch.linalg.vector_norm(other).clamp(min=1e-9)
             assert gap < (1e-5 if precision is nullcontext else 0.02)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped products")
+def test_experts_that_are_moved_once_it_is_compiled_are_those_that_it_computes(grouped):
+    decoder, precision = new_decoder("all", use_moe=True), precision_of(use_moe=True)
+    batch = _batch(decoder, 2, 48)
+    before = _passes(decoder, precision, batch)
+    decoder.compile(dynamic=True, fullgraph=True, backend="aot_eager")
+    _passes(decoder, precision, batch)
+    for layer in decoder.layers:
+        for weight in (layer.mlp.experts[1].up_proj.weight, layer.mlp.experts[2].down_proj.weight):
+            weight.data = 2 * weight.detach()
+    tensors = _passes(decoder, precision, batch)
+    decoder._compiled_call_impl = None
+    expected = _passes(decoder, precision, batch)
+    assert not torch.equal(expected[0], before[0])
+    for tensor, other in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=0, atol=0.02 * float(other.abs().max()))
 
 
 @pytest.mark.long
@@ -102,7 +143,7 @@ def test_only_passes_with_gradients_are_compiled(mode):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler here")
 def test_inductors_kernels_compute_the_same():
     torch._dynamo.reset()
-    decoder = new_decoder(**NORMED)
+    decoder = new_decoder(**NORMED, num_hidden_layers=1)  # g++ takes seconds for each kernel
     batch = _batch(decoder, 2, 57)
     expected = _passes(decoder, nullcontext, batch)
     assert compile_decoder(decoder, nullcontext) is None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load, save
+from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.model.kernels import cuda_moe
-from minimind_v.core.model.kernels.accelerate import accelerate
-from minimind_v.core.model.kernels.cuda_moe import is_grouped
+from minimind_v.core.model.kernels.accelerate import accelerate, plain
+from minimind_v.core.model.kernels.cuda_moe import PROJECTIONS, is_grouped
 from minimind_v.core.model.moe import MoEFeedForward
 
 CONFIG = TextConfig(
@@ -133,6 +136,224 @@ def test_the_host_need_not_know_whose_tokens_are_whose(monkeypatch):
         out.sum().backward()
     assert x.grad.shape == out.shape == x.shape
     assert block.experts[4].up_proj.weight.grad.shape == (24, 16)
+
+
+# --- weights that are stored one behind another -----------------------------------------------------------------------
+
+
+def grouped_block(monkeypatch, config=CONFIG, stack=True):
+    """A block as on a GPU; the likeliest experts of no token are the last."""
+    monkeypatch.setattr(cuda_moe, "is_grouped", lambda *_: True)
+    torch.manual_seed(1)
+    block = MoEFeedForward(config).train()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    with torch.no_grad():
+        block.gate.weight[-1] = -block.gate.weight[:-1].sum(dim=0)
+    accelerate(block, torch.device("cuda"))
+    if not stack:
+        block.unstack()
+    return block
+
+
+def bf16_step(block, seed=0):
+    """The output and the gradients by name, in bf16."""
+    torch.manual_seed(seed)
+    x = torch.randn(3, 17, 16, requires_grad=True)
+    block.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, aux = block(x, None)
+    (out.float().square().mean() + aux).backward()
+    gradients = {name: parameter.grad for name, parameter in block.named_parameters() if parameter.grad is not None}
+    return {"out": out.detach(), "x": x.grad} | gradients
+
+
+def assert_same_bits(tensors, expected):
+    assert tensors.keys() == expected.keys()
+    different = [name for name in tensors if not torch.equal(tensors[name], expected[name])]
+    assert not different
+
+
+@pytest.fixture
+def stackings(monkeypatch):
+    """The types of the weights that a step has to copy together, projection by projection."""
+    calls, stack = [], torch.stack
+
+    def counted(tensors, *args, **options):
+        calls.append(tensors[0].dtype)
+        return stack(tensors, *args, **options)
+
+    monkeypatch.setattr(torch, "stack", counted)
+    return calls
+
+
+needs_grouped = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped products")
+
+
+@needs_grouped
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_stacked_weights_have_the_bits_of_single_ones(config, monkeypatch, stackings):
+    together, apart = grouped_block(monkeypatch, config), grouped_block(monkeypatch, config, stack=False)
+    stackings.clear()
+    tensors = bf16_step(together)
+    assert not stackings
+    expected = bf16_step(apart)
+    assert len(stackings) == 3
+    assert_same_bits(tensors, expected)
+    assert all(gradient.dtype == torch.float32 for name, gradient in tensors.items() if name != "out")
+
+
+@needs_grouped
+def test_an_expert_without_tokens_has_gradients_of_zero(monkeypatch):
+    block = grouped_block(monkeypatch, replace(CONFIG, num_experts_per_tok=1, n_routed_experts=3))
+    with torch.no_grad():
+        block.gate.weight[1:] = 0
+        block.gate.weight[1:, 0] = -100.0
+    tokens = torch.rand(2, 9, 16) + 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = block(tokens, None)
+    out.sum().backward()
+    for number, expert in enumerate(block.experts):
+        for weight in expert.parameters():
+            assert bool(weight.grad.any()) == (number == 0)
+
+
+def move_by_type(block):
+    block.double().float()
+
+
+def move_all(block):
+    block.load_state_dict({name: tensor.clone() for name, tensor in block.state_dict().items()}, assign=True)
+
+
+def move_one(block):
+    block.experts[2].up_proj.weight = nn.Parameter(block.experts[2].up_proj.weight.detach().clone())
+
+
+def move_memory(block):
+    weight = block.experts[1].down_proj.weight
+    weight.data = weight.detach().repeat(5, 1, 1)[1]  # of the same offset in other memory
+
+
+def swap(block):
+    block.experts[0], block.experts[3] = block.experts[3], block.experts[0]
+
+
+def tie(block):
+    block.experts[4].gate_proj.weight = block.experts[2].gate_proj.weight
+
+
+MOVES = {move_by_type: 3, move_all: 3, move_one: 1, move_memory: 1, swap: 3, tie: 1}
+
+
+@needs_grouped
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
+def test_weights_that_were_moved_are_copied_together(move, monkeypatch, stackings):
+    together, apart = grouped_block(monkeypatch), grouped_block(monkeypatch, stack=False)
+    for block in (together, apart):
+        move(block)
+    stackings.clear()
+    tensors = bf16_step(together)
+    assert len(stackings) == MOVES[move]
+    assert_same_bits(tensors, bf16_step(apart))
+    accelerate(together, torch.device("cuda"))
+    stackings.clear()
+    assert_same_bits(bf16_step(together), tensors)
+    assert len(stackings) == (1 if move is tie else 0), "weights may be put together again"
+
+
+@needs_grouped
+def test_a_copy_of_a_block_has_weights_of_its_own(monkeypatch):
+    block = grouped_block(monkeypatch)
+    expected, twin = bf16_step(block), copy.deepcopy(block)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(2)
+    assert_same_bits(bf16_step(block), expected)
+    assert not torch.equal(bf16_step(twin)["out"], expected["out"])
+
+
+@needs_grouped
+def test_a_wrapped_linear_of_an_expert_is_called(monkeypatch):
+    block, calls = grouped_block(monkeypatch), []
+
+    class Wrapped(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            calls.append(len(x))
+            return self.base(x)
+
+    expected = bf16_step(block)
+    block.experts[1].up_proj = Wrapped(block.experts[1].up_proj)
+    torch.testing.assert_close(bf16_step(block)["out"], expected["out"], atol=0.05, rtol=0.05)
+    assert len(calls) == 1
+    assert type(plain(accelerate(block, torch.device("cuda")))) is MoEFeedForward
+
+
+@needs_grouped
+def test_frozen_experts_are_cast_once_and_have_no_gradient(monkeypatch):
+    together, apart = grouped_block(monkeypatch), grouped_block(monkeypatch, stack=False)
+    for block in (together, apart):
+        block.experts.requires_grad_(False)
+    expected = bf16_step(apart)
+    assert expected.keys() == {"out", "x", "gate.weight", *(f"shared_experts.0.{name}.weight" for name in PROJECTIONS)}
+    assert_same_bits(bf16_step(together), expected)
+    calls = []
+    monkeypatch.setattr(cuda_moe, "stacked", lambda *args: calls.append(args))
+    assert_same_bits(bf16_step(together), expected)
+    assert not calls
+    monkeypatch.undo()
+    monkeypatch.setattr(cuda_moe, "is_grouped", lambda *_: True)
+    for block in (together, apart):
+        with torch.no_grad():
+            block.experts[3].down_proj.weight.mul_(2)
+    tensors = bf16_step(together)
+    assert not torch.equal(tensors["out"], expected["out"])
+    assert_same_bits(tensors, bf16_step(apart))
+
+
+@needs_grouped
+def test_one_frozen_expert_among_others_has_no_gradient(monkeypatch):
+    together, apart = grouped_block(monkeypatch), grouped_block(monkeypatch, stack=False)
+    for block in (together, apart):
+        block.experts[2].requires_grad_(False)
+    tensors = bf16_step(together)
+    assert "experts.2.up_proj.weight" not in tensors
+    assert_same_bits(tensors, bf16_step(apart))
+
+
+@needs_grouped
+def test_steps_of_adamw_and_files_do_not_depend_on_where_weights_are_stored(monkeypatch):
+    together, apart = grouped_block(monkeypatch), grouped_block(monkeypatch, stack=False)
+    assert list(together.state_dict()) == list(apart.state_dict())
+
+    def train(block, steps, state=None):
+        optimiser = torch.optim.AdamW(block.parameters(), 1e-2, fused=True)
+        if state is not None:
+            optimiser.load_state_dict(state)
+        for seed in steps:
+            bf16_step(block, seed)
+            optimiser.step()
+        return optimiser.state_dict()
+
+    state = train(together, range(3))
+    resumed = grouped_block(monkeypatch)
+    resumed.load_state_dict(load(save(together.state_dict())))
+    train(resumed, range(3, 6), state)
+    train(apart, range(6))
+    assert_same_bits(resumed.state_dict(), apart.state_dict())
+
+
+def test_the_plain_block_has_each_weight_by_itself_again(monkeypatch):
+    block = grouped_block(monkeypatch)
+    before, weight = copy.deepcopy(block.state_dict()), block.experts[1].up_proj.weight
+    assert weight.untyped_storage().nbytes() == 5 * weight.nbytes
+    assert plain(block).experts[1].up_proj.weight is weight
+    assert weight.untyped_storage().nbytes() == weight.nbytes
+    assert_same_bits(block.state_dict(), before)
 
 
 @dataclass

@@ -306,3 +306,30 @@ def test_the_page_fits_a_phone_and_a_desk(evaluate, width):
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
             assert page.locator("article img").first.evaluate("image => image.naturalWidth") > 0
             assert page.errors == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_names_of_a_large_confusion_stay_in_sight(evaluate, width):
+    names = ["red", "a very small green triangle near the upper edge", "Donaudampfschifffahrtsgesellschaftskapitän",
+             "قطة صغيرة جدا تحت الطاولة", *(f"label number {number}" for number in range(56))]  # fmt: skip
+    rows = [
+        {"question": f"What is it? {number}", "answer": names[number % 60], "image": tiny_data().picture(number).name}
+        for number in range(180)
+    ]
+    path = write_eval_report(evaluate(lambda ask: saying(truths_of(rows)[question_of(ask)]), rows, "vqa"))
+    with open_browser(viewport={"width": width, "height": 800}) as page:
+        page.goto(path.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        scrolled, *heads = page.evaluate(
+            """() => {
+              const table = document.querySelector(".confusion"), frame = table.parentElement;
+              frame.scrollLeft = 1e6;
+              const inside = e => { const a = e.getBoundingClientRect(), b = frame.getBoundingClientRect();
+                return a.left >= b.left - 1 && a.right <= b.right + 1 && e.scrollWidth <= e.clientWidth + 1 };
+              return [frame.scrollWidth > frame.clientWidth, ...table.querySelectorAll("tr > :first-child")]
+                .map((e, number) => number ? inside(e) : e);
+            }"""
+        )
+        assert scrolled == (width == 390)
+        assert heads == [True] * 12  # of the answers, ten truths and the others

@@ -163,6 +163,7 @@ def test_the_keyboard_reaches_tokens_patches_and_tables(trace, page_file):
         assert trace.patches[9].nearest[0].text in viewer.locator("[aria-live]").inner_text()
         viewer.get_by_text("The numbers as tables").click()
         rows = viewer.locator("details table").first.locator("tbody tr")
+        rows.first.wait_for()  # they are written when the tables have opened
         assert rows.count() == len(trace.tokens)
         assert page.errors == []
 

@@ -233,7 +233,7 @@ def assert_read(rows, written, named):
         row = rows.row(index)
         names = [f"{number}.png" for number in written.pictures]
         assert row.conversations == written.messages
-        assert row.images == (names if named else [f"picture {n}" for n in range(1, len(names) + 1)])
+        assert row.images == (names if named else [f"image {n}" for n in range(1, len(names) + 1)])
         assert (row.notes, row.extra) == (written.notes, {"id": 7})
         assert written.form in ("", row.form)
         contents = [rows.picture(index, position, name) for position, name in enumerate(row.images)]
@@ -301,7 +301,7 @@ def test_a_conversion_gives_the_row_in_the_usual_form(tmp_path, form, ending):
         ({"query": "?", "response": "!", "history": ["a"], "image": "1.png"}, "conversations", "history"),
         ({"image": "1.png", "question": "?", "answer": 0}, "conversations", "`answer` is the number 0"),
         ({"image": "1.png", "question": "?", "answer": 3}, "conversations", "`answer` is the number 3"),
-        ({"image": "http://example.org/1.png", "caption": "a"}, "pictures not read", "does not download images"),
+        ({"image": "http://example.org/1.png", "caption": "a"}, "images not read", "does not download images"),
     ],
 )  # fmt: skip
 def test_what_a_row_says_wrongly_is_named(fields, kind, message):
@@ -400,9 +400,9 @@ def test_a_caption_whose_picture_is_null_is_not_trained_on_blind(tmp_path):
     columns = {"image": pa.array([CELLS[0], None, {"bytes": None, "path": None}]), "caption": ["a", "b", "c"]}
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     rows = open_rows(tmp_path / "rows.parquet")
-    assert rows.row(0).images == ["picture 1"]
+    assert rows.row(0).images == ["image 1"]
     for index in (1, 2):
-        with pytest.raises(RowError, match="no picture"):
+        with pytest.raises(RowError, match="no image"):
             rows.row(index)
 
 
@@ -510,7 +510,7 @@ def test_shards_whose_columns_stand_in_another_order_are_one_set(tmp_path):
     pq.write_table(pa.table({name: columns[name] for name in reversed(columns)}), tmp_path / "train-00001.parquet")
     assert_read(open_rows(tmp_path), PACKED["bytes"], named=False)
     rows = open_rows(tmp_path)
-    assert [rows.picture(n, 0, "picture 1") for n in range(4)] == [picture(1)] * 4
+    assert [rows.picture(n, 0, "image 1") for n in range(4)] == [picture(1)] * 4
     pq.write_table(pa.table(columns | {"image_bytes": ["1.png"] * 2}), tmp_path / "train-00002.parquet")
     with pytest.raises(DataError, match=r"00002\.parquet: `image_bytes` is string, and binary in"):
         open_rows(tmp_path)

@@ -62,7 +62,7 @@ def missing(pictures, name: str) -> str:
     """What is said of a picture that is not there."""
     with pytest.raises(RowError) as caught:
         pictures.read(name)
-    assert caught.value.kind == "picture missing"
+    assert caught.value.kind == "image missing"
     return str(caught.value)
 
 
@@ -149,7 +149,7 @@ def test_another_case_is_named_and_not_taken(pictures_path):
 @pytest.mark.parametrize("name", ["../a.jpg", "sub/../a.jpg", "..\\a.jpg", "C:\\data\\..\\a.jpg"])
 def test_a_name_that_leads_upwards_is_refused(pictures_path, name):
     put(pictures_path, {"a.jpg": b"a", "sub/a.jpg": b"b"})
-    assert "`..` in a picture name" in missing(open_pictures(pictures_path), name)
+    assert "`..` in an image name" in missing(open_pictures(pictures_path), name)
 
 
 # --- places -----------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_a_name_that_leads_upwards_is_refused(pictures_path, name):
 )
 def test_no_file_of_the_same_name_in_another_folder_is_read(pictures_path, name, stored_name):
     put(pictures_path, {stored_name: b"another picture"})
-    assert "no such picture" in missing(open_pictures(pictures_path), name)
+    assert "no such image" in missing(open_pictures(pictures_path), name)
 
 
 def test_a_file_of_the_same_name_is_reported_with_what_to_do(pictures_path):

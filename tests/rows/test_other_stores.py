@@ -122,8 +122,8 @@ def test_a_saved_folder_of_datasets(tmp_path, several):
         rows = pickle.loads(pickle.dumps(open_rows(path)))
         assert len(rows) == 9
         row = rows.row(4)
-        assert (row.conversations, row.images, row.extra) == (talks[4], ["picture 1"], {"id": 4})
-        assert rows.picture(4, 0, "picture 1") == picture(4), "the bytes as they were, not decoded and encoded again"
+        assert (row.conversations, row.images, row.extra) == (talks[4], ["image 1"], {"id": 4})
+        assert rows.picture(4, 0, "image 1") == picture(4), "the bytes as they were, not decoded and encoded again"
         assert sorted(rows.shuffled(np.random.default_rng(0))) == list(range(9))
     (tmp_path / "set" / "dataset_dict.json").write_text("{}")
     (tmp_path / "set" / "train" / "state.json").write_text("{")

@@ -65,7 +65,7 @@ def test_every_form_gives_the_same_rows(tmp_path, form):
     for index in np.random.default_rng(0).permutation(COUNT):
         row = rows.row(int(index))
         assert row.conversations == TALKS[index]
-        assert row.images == ["picture 1"]
+        assert row.images == ["image 1"]
         assert row.extra == {}
         assert rows.picture(int(index), 0, row.images[0]) == PICTURES[index]
         assert rows.location(int(index)) == f"{tmp_path / 'rows.parquet'}:{index + 1}"
@@ -130,8 +130,8 @@ def dataset(demo_tokenizer):
         (json.dumps(talk(1)), [b""], "placeholders"),
         (json.dumps(talk(1)), [picture(1), picture(2)], "placeholders"),
         (json.dumps(talk(1, 2)), [picture(1)], "placeholders"),
-        (json.dumps(talk(1)), [b"<html>"], "picture broken"),
-        (json.dumps(talk(1)), [picture(1)[:-30]], "picture broken"),
+        (json.dumps(talk(1)), [b"<html>"], "image broken"),
+        (json.dumps(talk(1)), [picture(1)[:-30]], "image broken"),
     ],
 )
 def test_a_broken_row_is_named_and_its_neighbours_are_whole(tmp_path, dataset, conversations, cell, kind):
@@ -194,7 +194,7 @@ def test_damage_within_the_file_is_the_rows_trouble(tmp_path):
     for index in range(len(rows)):
         try:
             whole = rows.row(index).conversations == TALKS[index]
-            wrong += not whole or rows.picture(index, 0, "picture 1") != PICTURES[index]
+            wrong += not whole or rows.picture(index, 0, "image 1") != PICTURES[index]
         except RowError as error:
             wrong += "\n" not in str(error)
     assert 0 < wrong < len(rows)
@@ -273,7 +273,7 @@ def test_batches_of_parquet_are_those_of_the_seed(tmp_path, dataset, workers):
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_read_for_themselves(tmp_path, method):
     rows = open_rows(many(tmp_path / "rows.parquet", 300))
-    rows.picture(5, 0, "picture 1")
+    rows.picture(5, 0, "image 1")
     assert len(pickle.dumps(rows)) < 20_000
     with multiprocessing.get_context(method).Pool(2) as pool:
         pictures = pool.starmap_async(_picture, [(rows, n) for n in range(0, 300, 10)]).get(timeout=120)

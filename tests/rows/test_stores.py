@@ -328,12 +328,12 @@ def test_a_folder_refuses(folder, name):
         return
     with pytest.raises(RowError) as caught:
         FolderPictures(folder).read(name)
-    assert caught.value.kind.startswith("picture")
+    assert caught.value.kind.startswith("image")
     assert "secret" not in str(caught.value).replace(name, "")
 
 
 def test_no_absolute_path_leads_out_of_the_folder(folder):
-    with pytest.raises(RowError, match="no such picture"):
+    with pytest.raises(RowError, match="no such image"):
         FolderPictures(folder).read(str(folder.parent / "secret.txt"))
     assert FolderPictures(folder).read(str(folder / "sub" / "b.jpg")) == b"b"
 
@@ -344,7 +344,7 @@ def test_a_file_of_gigabytes_is_not_read(folder, zipped, monkeypatch):
     for pictures in (FolderPictures(folder), zipped({"large.jpg": bytes(11)}, zipfile.ZIP_DEFLATED)):
         with pytest.raises(RowError, match=r"large\.jpg: 11 bytes") as caught:
             pictures.read("large.jpg")
-        assert caught.value.kind == "picture too large"
+        assert caught.value.kind == "image too large"
 
 
 # --- a zip ------------------------------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_a_member_whose_unpacking_has_no_bound_is_refused(zipped, compression, m
     pictures = zipped({"a.jpg": bytes(1000)}, compression)
     with pytest.raises(RowError, match=rf"^a\.jpg: compressed with {method} in .*create the zip again$") as caught:
         pictures.read("a.jpg")
-    assert caught.value.kind == "picture broken"
+    assert caught.value.kind == "image broken"
 
 
 @pytest.mark.parametrize("prefix", ["", "a/", "pretrain_images/", "./", "a/b/c/", "图/"])
@@ -384,17 +384,17 @@ def test_the_member_that_fits_best_is_taken(zipped):
     assert pictures.read("z/b.jpg") == b"b"
     with pytest.raises(RowError, match="2 members") as caught:
         pictures.read("b.jpg")
-    assert caught.value.kind == "picture ambiguous"
-    with pytest.raises(RowError, match="no such picture"):
+    assert caught.value.kind == "image ambiguous"
+    with pytest.raises(RowError, match="no such image"):
         pictures.read("w/b.jpg")
 
 
 @pytest.mark.parametrize("name", ["none.jpg", "ne.jpg", "one.jp", "ONE.JPG", "d", "d/", "/", ".", "", "one.jpg/x", "*"])
 def test_a_zip_lacks(zipped, name):
     pictures = zipped({"d/": b"", "d/one.jpg": b"1"})
-    with pytest.raises(RowError, match="no such picture") as caught:
+    with pytest.raises(RowError, match="no such image") as caught:
         pictures.read(name)
-    assert caught.value.kind == "picture missing"
+    assert caught.value.kind == "image missing"
 
 
 def test_odd_member_names(zipped, tmp_path):
@@ -422,7 +422,7 @@ def test_a_zip_from_windows(zipped):
 def test_members_that_point_outside_are_only_names(zipped, tmp_path):
     pictures = zipped({"../../evil.jpg": b"evil", "/abs.jpg": b"abs", "ok.jpg": b"ok"})
     assert pictures.read("evil.jpg") == b"evil"
-    with pytest.raises(RowError, match=r"`\.\.` in a picture name"):
+    with pytest.raises(RowError, match=r"`\.\.` in an image name"):
         pictures.read("../../evil.jpg")
     assert pictures.read("abs.jpg") == b"abs"
     assert not (tmp_path.parent.parent / "evil.jpg").exists()
@@ -434,7 +434,7 @@ def test_a_member_that_was_written_twice_is_the_later_one(zipped):
 
 
 def test_an_empty_zip(zipped):
-    with pytest.raises(RowError, match="no such picture"):
+    with pytest.raises(RowError, match="no such image"):
         zipped({}).read("a.jpg")
 
 
@@ -447,7 +447,7 @@ def test_an_encrypted_member(zipped):
     pictures = ZipPictures(pictures.path)
     with pytest.raises(RowError, match=r"a\.jpg: encrypted in") as caught:
         pictures.read("a.jpg")
-    assert caught.value.kind == "picture broken"
+    assert caught.value.kind == "image broken"
     assert pictures.read("b.jpg") == b"open"
 
 
@@ -463,7 +463,7 @@ def test_a_damaged_member_leaves_its_neighbours_alone(zipped, compression):
     pictures = ZipPictures(pictures.path)
     with pytest.raises(RowError, match=r"bad\.jpg: damaged") as caught:
         pictures.read("bad.jpg")
-    assert caught.value.kind == "picture broken"
+    assert caught.value.kind == "image broken"
     for name in ("a.jpg", "c.jpg"):
         assert pictures.read(name) == random.Random(name).randbytes(3000)
 
@@ -621,7 +621,7 @@ def _read_and_tell(open_stores):
         (b"BZh91AY&SY", "a bzip2 archive"),
         (b"\x28\xb5\x2f\xfd" + bytes(20), "a zstd archive"),
         (bytes(257) + b"ustar\x0000" + bytes(700), "a tar archive"),
-        (b"\x89PNG\r\n\x1a\n", "a picture file, not a data file"),
+        (b"\x89PNG\r\n\x1a\n", "an image file, not a data file"),
         (b"GGUF" + bytes(20), "model weights, not a data file"),
         (b"\x40\0\0\0\0\0\0\0{}", "model weights, not a data file"),
         (b"\x01\x02\0\x03", "not text"),
@@ -636,7 +636,7 @@ def test_a_file_of_another_kind_is_named_once_and_not_row_by_row(tmp_path, data,
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (["a.jpg", "b.jpg"], "a zip of picture files — give the rows .*, and the zip with --images"),
+        (["a.jpg", "b.jpg"], "a zip of image files — give the rows .*, and the zip with --images"),
         (["rows/mine.jsonl", "rows/a.jpg"], "unpack it and give rows/mine.jsonl"),
         (["archive/data.pkl", "archive/data/0"], "model weights"),
     ],

@@ -219,7 +219,7 @@ def test_a_picture_that_is_too_large_is_not_read(tmp_path):
         file.write(header("0.txt", 5, tail=b"a dog".ljust(512, b"\0")) + header("0.jpg", 300 * 2**20))
         file.truncate(1536 + 300 * 2**20 + 1024)
     rows = open_rows(path)
-    with pytest.raises(RowError, match="too many for a picture"):
+    with pytest.raises(RowError, match="too many for an image"):
         rows.picture(0, 0, rows.row(0).images[0])
 
 
@@ -354,7 +354,7 @@ def test_pictures_in_a_tar_are_found_by_the_names_that_find_them_in_a_zip(named,
         ("1.jpg", "2 members"),
         ("c/1.jpg", "not in c"),
         ("../a/1.jpg", r"\.\."),
-        ("none.jpg", "no such picture in .*named.tar"),
+        ("none.jpg", "no such image in .*named.tar"),
         ("x, y.jpg", "write the name exactly like the file name"),
     ],
 )

@@ -138,7 +138,7 @@ def test_a_column_of_bytes_beside_the_pictures_is_reported(tmp_path):
     columns = {"conversations": [json.dumps(talk("<image>?"))], "image_bytes": [picture(1)], "thumbnail": [picture(2)]}
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     messages = []
-    assert open_rows(tmp_path / "rows.parquet", say=messages.append).row(0).images == ["picture 1"]
+    assert open_rows(tmp_path / "rows.parquet", say=messages.append).row(0).images == ["image 1"]
     assert messages == [f"{tmp_path / 'rows.parquet'}: the bytes in thumbnail are ignored and not copied"]
 
 
@@ -150,7 +150,7 @@ def test_a_video_beside_the_pictures_of_a_saved_set_is_reported(tmp_path):
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "set")
     messages = []
     row = open_rows(tmp_path / "set", say=messages.append).row(0)
-    assert (row.images, row.extra) == (["picture 1"], {})
+    assert (row.images, row.extra) == (["image 1"], {})
     assert messages == [f"{tmp_path / 'set'}: the bytes in clip are ignored and not copied"]
 
 
@@ -158,8 +158,8 @@ def test_a_column_of_pictures_may_be_called_as_a_file_name(tmp_path):
     columns = {"conversations": [json.dumps(talk("<image>?"))], "photo_file_name": [picture(1)]}
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     rows = open_rows(tmp_path / "rows.parquet")
-    assert rows.row(0).images == ["picture 1"]
-    assert rows.picture(0, 0, "picture 1") == picture(1)
+    assert rows.row(0).images == ["image 1"]
+    assert rows.picture(0, 0, "image 1") == picture(1)
 
 
 def test_names_in_a_column_of_parquet_are_named(tmp_path):

@@ -42,6 +42,7 @@ class Stub:
         self.pause = 0.0  # seconds before each word
         self.busy = 0  # requests that are refused with 429 before one is answered
         self.key = ""
+        self.failures = 0  # lists of models that end with an error before one is given
         self.dropped_turns = 0
         self.finish = "stop"
         self.error = ""  # an error in the middle of the answer
@@ -69,6 +70,9 @@ class Stub:
     async def list_models(self, request: Request) -> Response:
         if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
             return refusal(401, "the API key is missing or wrong")
+        if self.failures:
+            self.failures -= 1
+            return refusal(500, "the list of models failed")
         data = [{"id": name, "object": "model", "mmv": abilities} for name, abilities in self.models.items()]
         return JSONResponse({"object": "list", "data": data})
 
@@ -83,6 +87,8 @@ class Stub:
     async def chat(self, request: Request) -> Response:
         body = await request.json()
         self.requests.append(body)
+        if body["model"] not in self.models:
+            return refusal(404, f"the model {body['model']!r} does not exist")
         if self.busy:
             self.busy -= 1
             return refusal(429, "the queue is full", {"Retry-After": "1"})

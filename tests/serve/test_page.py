@@ -258,7 +258,7 @@ def test_a_question_has_no_more_images_than_the_model_has_room_for(open_page, st
 
 
 def test_the_page_offers_what_the_chosen_model_can(open_page, stub, stub_server):
-    stub.models = {"sees": ABILITIES | {"thinks": False}, "reads": ABILITIES | {"images": False}}
+    stub.models = {"sees": ABILITIES | {"thinks": False, "format": "pth"}, "reads": ABILITIES | {"images": False}}
     page = open_page(stub_server.url)
     assert page.locator("[data-key='question:choose']").is_visible()
     assert page.locator(".facts").text_content() == "26.1M parameters · sft · one image takes 64 of 4,096 tokens"
@@ -276,6 +276,7 @@ def test_the_page_offers_what_the_chosen_model_can(open_page, stub, stub_server)
     page.reload()
     page.wait_for_selector("html[data-ready]")
     assert page.input_value("#model") == "reads"
+    assert page.locator("#model option").all_text_contents() == ["sees (pth)", "reads"]
 
 
 def test_settings_are_sent_when_they_are_set_and_valid(page, stub):
@@ -458,6 +459,25 @@ def test_two_tabs_with_one_conversation_keep_what_either_asks(page, stub, stub_s
     assert other.locator(".question .text").all_text_contents() == ["First", "Second", "Third"]
 
 
+def test_two_tabs_that_ask_at_once_keep_both_answers_whole(page, stub, stub_server):
+    ask_and_wait(page, "First")
+    other = page.context.new_page()
+    other.goto(stub_server.url)
+    other.click("#conversations .title")
+    other.locator(".question .text", has_text="First").wait_for()
+    stub.pause = SLOW
+    ask(page, "Second")
+    other.locator(".question .text", has_text="Second").wait_for()
+    ask(other, "Third")
+    for tab in (page, other):
+        tab.locator(".question .text", has_text="Third").wait_for()
+        tab.locator(".stats").nth(2).wait_for()
+        assert answers(tab) == [stub.answer] * 3
+        tab.reload()
+        tab.locator(".question .text", has_text="Third").wait_for()
+        assert answers(tab) == [stub.answer] * 3
+
+
 def test_without_storage_the_page_works_and_says_so(open_page, stub, stub_server):
     refuse = "Object.defineProperty(window, 'indexedDB', { get() { throw new DOMException('no', 'SecurityError'); } });"
     refuse += "for (const name of ['localStorage', 'sessionStorage']) Object.defineProperty(window, name, "
@@ -517,6 +537,29 @@ def test_a_server_that_is_gone_is_said_and_found_again(page, stub, stub_server):
     page.click("[data-key$=':retry']")
     page.locator(".stats").wait_for()
     assert answers(page) == [stub.answer]
+
+
+def test_a_list_of_models_that_fails_is_asked_for_until_it_comes(page, stub, stub_server):
+    stub.failures = 3
+    page.goto(stub_server.url)
+    page.locator(".toast", has_text="the list of models failed").wait_for()
+    page.locator("#banner", has_text="The server does not answer").wait_for()
+    page.locator(".toast", has_text="The server answers again.").wait_for()
+    assert ask_and_wait(page, "Hi") == stub.answer
+    assert page.locator("#banner").text_content() == ""
+
+
+def test_a_server_that_began_anew_with_other_models_is_asked_for_them(page, stub, stub_server):
+    ask_and_wait(page, "Hi")
+    stub_server.stop()
+    stub.models = {"another": ABILITIES}
+    stub_server.start()
+    ask_and_wait(page, "Again")
+    assert "does not exist" in page.locator(".notice.problem").text_content()
+    page.locator("#model option", has_text="another").wait_for(state="attached")
+    page.locator("[data-key$=':retry']").last.click()
+    page.locator(".stats").nth(1).wait_for()
+    assert stub.requests[-1]["model"] == "another"
 
 
 def test_a_server_that_works_is_not_asked_for_its_health(page):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import socket
 import struct
 import time
 import zlib
@@ -113,6 +114,14 @@ def test_unknown_addresses_and_methods_have_the_errors_of_the_form(server):
     assert server.request("HEAD", "/health").body == b""
 
 
+@pytest.mark.parametrize("path", ["/", "/page/main.js", "/v1/models", "/page/examples/a.png", "/nowhere"])
+def test_a_range_of_any_form_is_ignored(server, path):
+    plain = server.request("GET", path)
+    for range_ in ("bytes=0-3", "bytes=99999999-", "lines=1-2", "bytes=x", "nonsense", "bytes=0-1,3-4", "bytes=3-1"):
+        answer = server.request("GET", path, range=range_)
+        assert (answer.status, answer.body) == (plain.status, plain.body), range_
+
+
 def test_no_answer_lets_another_origin_read_it(server):
     response = server.request("GET", "/v1/models", origin="http://evil.example")
     assert not [name for name in response.headers if name.startswith("access-control")]
@@ -208,11 +217,13 @@ def test_a_prompt_that_is_longer_than_the_context_is_refused(server):
 # --- raw HTTP ---------------------------------------------------------------------------------------------------------
 
 
-def exchange(server, *pieces):
-    """Everything that a server sends for raw bytes until it closes the connection."""
+def exchange(server, *pieces, end=False):
+    """Everything that a server sends for raw bytes until it closes the connection; `end`: they are the last ones."""
     with server.connect() as connection:
         for piece in pieces:
             connection.sendall(piece)
+        if end:
+            connection.shutdown(socket.SHUT_WR)
         received = b""
         with suppress(ConnectionResetError):  # it may close before it has read everything
             while data := connection.recv(65536):
@@ -249,6 +260,18 @@ def test_two_requests_on_one_connection_are_both_answered(server):
     body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 2}).encode()
     received = exchange(server, raw_request(body) + raw_request(body, "Connection: close"))
     assert received.count(b"HTTP/1.1 200 ") == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_sends_no_more_gets_its_answers(server, stream):
+    fields = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 2, "stream": stream}
+    request = raw_request(json.dumps(fields).encode())
+    received = exchange(server, request + request + b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", end=True)
+    assert received.count(b"HTTP/1.1 200 ") == 3
+    assert received.count(b"[DONE]") == 2 * stream
+    assert received.endswith(b"}]}")
+    assert exchange(server, request[:-3], end=True) == b""
+    assert exchange(server, request + request[:-3], end=True).count(b"HTTP/1.1") == 1
 
 
 @pytest.mark.long

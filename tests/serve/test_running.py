@@ -9,10 +9,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from http.client import HTTPResponse
 
 import pytest
 from PIL import Image
 
+from minimind_v.core.serve.models import Models
 from tests.cli import harness
 from tests.cli.harness import run_mmv
 from tests.serve.harness import QUESTION, Server, image_item, raw_request, text_item
@@ -83,6 +85,30 @@ def test_a_client_that_leaves_frees_its_slot(start, stream):
     tokens = server.metric("mmv_completion_tokens_total")
     time.sleep(0.3)
     assert server.metric("mmv_completion_tokens_total") == tokens  # the engine works no longer
+
+
+def probes_often():
+    from minimind_v.core.serve import protocol
+
+    protocol.PROBE_SECONDS = 0.02
+    draws_forever()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_sends_no_more_and_waits_is_not_a_client_that_leaves(start, stream):
+    server = start(prepare=probes_often)
+    with server.connect() as waiting:
+        leaving = server.connect()
+        for connection, tokens in ((waiting, 60), (leaving, 3000)):
+            connection.sendall(raw_request(long_body(stream=stream, max_tokens=tokens)))
+            connection.shutdown(socket.SHUT_WR)
+        leaving.close()
+        response = HTTPResponse(waiting)
+        response.begin()  # which skips what says nothing but that the answer is on its way
+        assert response.status == 200
+        body = response.read()
+    assert b"[DONE]" in body if stream else json.loads(body)["usage"]["completion_tokens"] == 60
+    patiently(lambda: server.metric("mmv_requests_cancelled_total") == 1)
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again(start):
@@ -211,7 +237,7 @@ def test_the_models_of_a_folder_are_loaded_when_they_are_asked_for(start, folder
     assert sorted(model["id"] for model in models) == names
     assert [model["mmv"]["loaded"] for model in models] == [False] * 4
     good = next(model["mmv"] for model in models if model["id"] == "sft_vlm_128")
-    assert good == {"loaded": False, "thinks": False, "images": True, "context": 4096, "stage": "sft",
+    assert good == {"format": "pth", "loaded": False, "thinks": False, "images": True, "context": 4096, "stage": "sft",
                     "parameters": 880896, "generation": "2025", "tokens_per_image": 64}  # fmt: skip
     [unreadable] = [model["mmv"] for model in models if model["id"] == "sft_vlm_7"]
     assert unreadable.keys() == good.keys()
@@ -227,6 +253,19 @@ def test_the_models_of_a_folder_are_loaded_when_they_are_asked_for(start, folder
     loaded = {model["id"]: model["mmv"]["loaded"] for model in server.request("GET", "/v1/models").json["data"]}
     assert [name for name, is_loaded in loaded.items() if is_loaded] == ["pretrain_vlm_128", "sft_vlm_128_copy"]
     assert server.chat(model="sft_vlm_128").status == 200
+
+
+def test_a_checkpoint_and_its_converted_copies_are_marked(tmp_path):
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "config.json").write_text("{}")
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "model.gguf").write_bytes(b"GGUF")
+    for name in ("sft_vlm_128.pth", "sft_vlm_128.safetensors", "small.gguf"):
+        (tmp_path / name).write_bytes(b"")
+    entries = Models([tmp_path]).entries
+    formats = {"exported": "transformers", "llama": "gguf", "sft_vlm_128": "pth", "small": "gguf"}
+    formats["sft_vlm_128.safetensors"] = "safetensors"
+    assert {name: entry.format for name, entry in entries.items()} == formats
 
 
 def test_requests_for_a_model_that_is_being_loaded_wait_for_the_same_load(start, folder):

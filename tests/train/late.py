@@ -19,7 +19,8 @@ from minimind_v.core.model.kernels import cuda_moe
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE, supervised
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.train.graph import Recording, StepGraphs
+from minimind_v.core.train.distributed import ALONE, World
+from minimind_v.core.train.graph import StepGraphs
 from minimind_v.core.train.step import TrainStep
 from tests.model.conftest import NORMED, NORMED_EXPERTS, PLACEHOLDER_ID, SPEC, tiny_vlm
 
@@ -119,7 +120,10 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 class Tape(TorchDispatchMode):
-    """Notes torch's operators and repeats them on the same tensors, as a CUDA graph does."""
+    """Notes torch's operators and repeats them on the same tensors, as a CUDA graph does.
+
+    No number is complex: rotations of real ones are what a compiler turns into few kernels.
+    """
 
     def __init__(self):
         super().__init__()
@@ -127,6 +131,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        assert not any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in pytree.tree_leaves(result))
         self.calls.append((func, args, kwargs or {}, result))
         return result
 
@@ -142,12 +147,12 @@ class Tape(TorchDispatchMode):
 class Tapes:
     """Records with tapes. To record is not to do: what the work changes is put back."""
 
-    def __init__(self, recordings: Callable[[], list[Recording]]):
-        self.recordings, self.made, self.replayed = recordings, 0, 0
+    def __init__(self, changed: Callable[[], list[Tensor]]):
+        self.changed, self.made, self.replayed = changed, 0, 0
         self.spoil = lambda tape: None
 
     def __call__(self, work, device, pool):
-        tape, changed = Tape(), [tensor for recording in self.recordings() for tensor in recording._changed()]
+        tape, changed = Tape(), self.changed()
         before = [tensor.clone() for tensor in changed]
         with no_waits(), tape:
             work()
@@ -164,9 +169,16 @@ class Tapes:
         return replay
 
 
-def record_steps(train_step: TrainStep, warn: Callable[[str], None]) -> Tapes:
-    """Let a step use recordings, as on a GPU."""
-    tapes = Tapes(lambda: [*train_step.graphs._pass_recordings.values(), *train_step.graphs._adamw_recordings.values()])
-    train_step.late = True
-    train_step.graphs = StepGraphs(train_step.config, train_step.model, train_step.optimiser, tapes, warn)
+def record_steps(train_step: TrainStep, warn: Callable[[str], None], world: World = ALONE) -> Tapes:
+    """Let a step use recordings, as on a GPU; with other processes, as on several."""
+
+    def changed() -> list[Tensor]:
+        moments = [tensor for state in train_step.optimiser.state.values() for tensor in state.values()]
+        graphs = train_step.graphs
+        results = graphs._share_of_loss, graphs._correct, graphs._norm, graphs._skipped
+        return [*(weight.detach() for weight in graphs.trainable), *moments, *graphs._gradients.views, *results]
+
+    tapes = Tapes(changed)
+    train_step.late, train_step.world = True, world
+    train_step.graphs = StepGraphs(train_step.config, train_step.model, train_step.optimiser, tapes, warn, world)
     return tapes

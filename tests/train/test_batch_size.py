@@ -115,7 +115,11 @@ def test_a_gpu_is_tried_from_the_largest_down(config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**30)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share, raising=False)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2 * 2**30 + taken)
     monkeypatch.setattr(torch, "empty", lambda size, **more: asked.append(size))
+    taken = 2**30
 
     class Full(NoModel):
         def __call__(self, rows):
@@ -134,6 +138,10 @@ def test_a_gpu_is_tried_from_the_largest_down(config, monkeypatch):
     assert (size, gone, len(asked)) == (8, [8], 3)
     assert asked[0] == 15 * MIB + int(0.08 * 8 * 2**30), "what a run holds besides, and some more"
     assert why == "measured with rows of 128 tokens on 8.0 GiB"
+    limit, taken = 24, 3.1 * 2**30  # as much again, for recordings, is more than there is
+    with pytest.raises(RunError, match="a single row"):
+        fitting._by_trial(Full(gone), [24, 12])
+    assert fitting._by_trial(Full(gone), [24, 1])[0] == 1, "which is launched kernel by kernel"
     limit, share = 0, 0.25
     with pytest.raises(RunError, match="a single row of 128 tokens does not fit into 4"):
         fitting._by_trial(Full(gone), [2, 1])

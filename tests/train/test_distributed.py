@@ -11,14 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from minimind_v.core.config.freeze import FREEZE_POLICIES
 from minimind_v.core.config.schema import DataConfig, RunConfig
+from minimind_v.core.cuda_graph import EAGER
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureCache
 from minimind_v.core.data.loader import BatchPlan
@@ -26,11 +27,11 @@ from minimind_v.core.errors import UsageError
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.train.distributed import World, slurm_address
-from minimind_v.core.train.freeze import freeze
 from minimind_v.core.train.launch import Launch
 from minimind_v.core.train.step import TrainStep
-from tests.cli.harness import ROOT, Running, installed, read_rows, run_mmv, tiny_data, tokenizer, write_rows
+from tests.cli.harness import MMV, ROOT, Running, installed, read_rows, run_mmv, tiny_data, tokenizer, write_rows
 from tests.model.conftest import SPEC, tiny_vlm
+from tests.train.late import make_batch, make_step, no_waits, record_steps, tensors_of
 
 NAME = "pretrain_vlm_128"
 ROWS = {"epochs": 2, "batch_size": 8, "save_every": 3}  # 40 rows: 10 steps, none of them short
@@ -158,7 +159,7 @@ def test_a_run_of_two_processes_resumes_with_another_number(tmp_path, pair, alon
 
 @pytest.mark.long
 def test_three_processes_resume_with_the_same_bits(tmp_path):
-    """Three numbers have no sum of their own: torch's buckets, which decide the order, must be those of the run."""
+    """Three numbers have no sum of their own: they are always added in the same order."""
     whole = tmp_path / "whole"
     ended = installed(*tiny_data().train(whole, **ROWS | {"batch_size": 4, "gpus": 3}))
     assert ended.code == 0, ended.err
@@ -207,7 +208,7 @@ def test_a_pair_that_is_stopped_and_killed_ends_as_if_it_had_not(tmp_path, pair)
         assert code in (0, -sent if sent == signal.SIGKILL else 128 + sent)
         if code == 143:
             assert "death signal" not in run.err, "torch's own words"
-            assert run.err.splitlines()[-1].startswith("resume with: mmv train pretrain ")
+            assert run.err.splitlines()[-1].startswith(f"resume with: {MMV} train pretrain ")
     end = time.monotonic() + 20
     while alive := [pid for pid in processes_of(out) if pid != os.getpid()]:
         assert time.monotonic() < end, f"a killed launcher left {alive}"
@@ -434,15 +435,34 @@ def meeting(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def test_the_tower_that_each_process_has_read_is_not_sent_again(meeting):
-    for experts in (False, True):
-        model = tiny_vlm(with_tower=True, use_moe=experts)
-        freeze(model, "all")
-        ddp_model = meeting.share(model, 0)
-        ignored = {name.removeprefix("model.") for name in ddp_model.parameters_to_ignore}
-        assert ignored > {f"vision_encoder.{name}" for name, _ in model.vision_encoder.named_parameters()}
-        tower, projector = (next(module.parameters()) for module in (model.vision_encoder, model.vision_proj))
-        assert tower._version < projector._version
+def test_the_tower_that_each_process_has_read_is_not_sent_again(meeting, monkeypatch):
+    model, sent = tiny_vlm(with_tower=True), []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: sent.append(tensor.data_ptr()))
+    meeting.share_weights(model)
+    names = {tensor.data_ptr(): name for name, tensor in model.named_parameters()}
+    assert {names[address] for address in sent if address in names} == {
+        name for name in names.values() if not name.startswith("vision_encoder.")
+    }
+
+
+def test_recorded_steps_that_are_exchanged_ask_a_gpu_nothing(meeting, tmp_path):
+    """Which weights were reached is read in the first step with images, and in the first without."""
+    alone, train_step, warnings = make_step(tmp_path), make_step(tmp_path), []
+    tapes = record_steps(train_step, warnings.append, meeting)
+    torch.manual_seed(5)
+    for step in range(2 * EAGER + 8):
+        images = 2 * (1 - step % 2)
+        batch = make_batch([32 - step % 5, 20], [images, 0], [3, 2])
+        recorded_or_compared = step // 2 in (EAGER - 1, EAGER)
+        with nullcontext() if step < 2 or recorded_or_compared else no_waits():
+            pending = train_step([batch], 5, 2, 1e-3, images)
+        assert pending.result.loss == pytest.approx(alone([batch], 5, 2, 1e-3).result.loss, rel=1e-5)
+    assert tapes.made == 4
+    assert tapes.replayed == 16
+    assert not warnings
+    weights = tensors_of(alone)
+    for name, tensor in tensors_of(train_step).items():
+        torch.testing.assert_close(tensor, weights[name], atol=5e-6, rtol=1e-5)
 
 
 class Unused(nn.Module):
@@ -456,37 +476,28 @@ class Unused(nn.Module):
         return self.layer(x)
 
 
-@pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("policy", FREEZE_POLICIES)
-def test_only_what_may_leave_parameters_out_is_searched_for_them(policy, fast, meeting):
-    def searches(change=lambda model: None, **sizes) -> bool:
-        model = tiny_vlm(**sizes)
-        change(model)
-        trainable = freeze(accelerate(model, torch.device("cpu")) if fast else model, policy)
-        ddp_model = meeting.share(model, 0)
-        assert all(parameter.grad is None for parameter in trainable)
-        return ddp_model.find_unused_parameters
-
-    assert not searches()
-    assert not searches(qk_norm=True)
-    assert searches(use_moe=True)
-    if policy == "all":
-        assert searches(lambda model: setattr(mlp := model.model.layers[0].mlp, "down_proj", Unused(mlp.down_proj)))
-
-
-def test_without_an_image_in_the_step_the_projector_stays_as_it_is(meeting, tmp_path):
-    """As in a process alone: AdamW would move a weight whose gradient is 0."""
+@pytest.mark.parametrize("kind", ["dense", "experts", "an unused layer"])
+def test_a_step_moves_the_weights_that_it_moves_in_a_process_alone(kind, meeting, tmp_path):
+    """AdamW would move a weight whose gradient is 0: the projector without an image, a layer that nothing uses."""
     none = tmp_path / "none"  # no input is read
+    labels = torch.arange(12).view(2, 6)
+    mask = torch.ones_like(labels, dtype=torch.bool)
+    image = Batch(labels, mask, labels, mask & (labels % 6 < 4), image_features=torch.ones(2, 4, SPEC.width))
+    text = Batch(labels, mask, labels, ~mask)
+    moved = []
     for world in (World(), meeting):
-        model = tiny_vlm()
+        model = tiny_vlm(use_moe=kind == "experts")
+        if kind == "an unused layer":
+            model.model.layers[0].mlp.down_proj = Unused(model.model.layers[0].mlp.down_proj)
         config = RunConfig("sft", model.config, DataConfig(none, none, none), none, none, dtype="float32")
-        train_step = TrainStep(config, model, FeatureCache(), 0, world)
-        labels = torch.arange(12).view(2, 6)
-        mask = torch.ones_like(labels, dtype=torch.bool)
-        image = Batch(labels, mask, labels, mask & (labels % 6 < 4), image_features=torch.ones(2, 4, SPEC.width))
-        text = Batch(labels, mask, labels, ~mask)
+        train_step, steps = TrainStep(config, accelerate(model, torch.device("cpu")), FeatureCache(), world), []
         for batch in (image, text, text, image):
-            before = next(model.vision_proj.parameters()).clone()
+            before = {name: weight.clone() for name, weight in model.named_parameters()}
             train_step([batch], 10, 2, 1e-2, images=batch.images)
-            moved = not torch.equal(before, next(model.vision_proj.parameters()))
-            assert moved == (batch is image)
+            steps.append({name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])})
+        moved.append((steps, {name: weight.detach() for name, weight in model.named_parameters()}))
+    (alone, weights), (together, others) = moved
+    assert together == alone
+    assert not any("spare" in name for step in alone for name in step)
+    assert [any("vision_proj" in name for name in step) for step in alone] == [True, False, False, True]
+    assert all(torch.equal(weights[name], others[name]) for name in weights), "to the last bit"

@@ -16,6 +16,7 @@ from minimind_v.core.monitor.diagnostics import Start
 from minimind_v.core.monitor.metrics import Best, Listener, TaskScores
 from minimind_v.core.monitor.recorder import Recorder
 from minimind_v.core.pages.run_report import read_run, report_page
+from minimind_v.core.train import evaluator
 from minimind_v.core.train.run import assemble, train
 from tests.cli.harness import SIGHT, Running, in_forks, installed, read_rows, run_mmv, sighted, tiny_data, write_rows
 from tests.conftest import train_until_killed
@@ -186,6 +187,14 @@ def test_a_stopped_evaluation_leaves_training_as_it_was(run):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_vision_encoder_is_hashed_once_for_all_evaluations_of_a_run(run, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(by_task, "crc32", lambda tensor: hashed.append(tensor) or 0)
+    assert isinstance(run.evaluator(4, lambda: False), TaskScores)
+    names = run.train_step.model.state_dict()
+    assert len(hashed) == sum(not name.startswith("vision_encoder.") for name in names) < len(names)
+
+
 def test_answers_that_cannot_be_written_cost_the_evaluation_and_not_the_run(tmp_path, events):
     words = line(tmp_path / "out", max_steps=1)
     options = {name[2:].replace("-", "_"): value for name, value in zip(words[2::2], words[3::2], strict=True)}
@@ -196,6 +205,14 @@ def test_answers_that_cannot_be_written_cost_the_evaluation_and_not_the_run(tmp_
     assert [warning.split(":")[:2] for warning in events.warnings if "not evaluated" in warning] == [
         ["step 0", " not evaluated"], ["step 1", " not evaluated"],
     ]  # fmt: skip
+
+
+def test_quiet_does_not_hide_that_evaluations_were_not_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(evaluator, "predictions_of", lambda folder, step: tmp_path / "file" / f"step-{step}")
+    ended = run_mmv(*line(tmp_path / "out", max_steps=1), "--quiet")
+    assert ended.code == 0
+    assert [lost.split(": not evaluated: ")[0] for lost in ended.err.splitlines()] == ["step 0", "step 1"]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +252,7 @@ def test_images_that_are_missing_are_named_with_their_option_before_anything_is_
     alone = write_rows(tmp_path / "alone.jsonl", ["{", *read_rows(tiny_data().data("sft"))[:2]])
     ended = run_mmv(*line(tmp_path / "out", eval_data=alone))
     assert ended.code == 1
-    assert ended.error == f"{alone}: its rows name pictures — give their folder, zip or tar with --eval-images"
+    assert ended.error == f"{alone}: its rows name images — give their folder, zip or tar with --eval-images"
     assert not (tmp_path / "out").exists()
 
 

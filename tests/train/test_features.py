@@ -134,7 +134,7 @@ def staged(monkeypatch) -> None:
     def encode_ahead(steps, features):
         if features.store is not None:
             features.writer = FeatureWriter(features.store, features.warn, threaded=True)
-        return VisionStage(features, features.encoder, lambda encode: encode).steps(steps)
+        return VisionStage(features, features.encoder, lambda encode, device, pool: encode).steps(steps)
 
     monkeypatch.setattr("minimind_v.core.train.loop.encode_ahead", encode_ahead)
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from minimind_v.core.config.load import build_config
 from minimind_v.core.data.feature_cache import FeatureEncoder
+from minimind_v.core.monitor.metrics import TaskScores
+from minimind_v.core.pages.run_report import beside, read_run
+from minimind_v.core.train.forecast import Stopwatch, evaluation_time
 from tests.cli.harness import read_rows, run_mmv, tiny_data, tree
 
 NAME = "pretrain_vlm_128"
@@ -34,6 +40,38 @@ def test_what_can_be_counted_is_exact(out):
     assert forecast["stage"] == "pretrain"
 
 
+def test_the_time_of_evaluations_is_that_of_all_questions_and_the_first_one_encodes_the_images():
+    watch = Stopwatch()
+    watch.run = SimpleNamespace(evaluator=SimpleNamespace(available=1000))
+    for seconds in (3.0, 1.0):
+        watch.evaluated(TaskScores(0, "vqa", "d", 32, 1, "vqa", 0.5, None, None, None, {}, [], "p", seconds))
+    config = replace(build_config("sft"), eval_every=4)
+    seconds, how = evaluation_time(config, watch, steps=10)
+    assert seconds == (3 + 3 * 1) * 200 / 32, "before the first step, after steps 4 and 8, and after the last"
+    assert "4 evaluations of 200 questions, measured on 32 of them" in how
+    assert evaluation_time(replace(config, eval_limit=64), watch, steps=8)[0] == (3 + 2 * 1) * 64 / 32
+    watch.run.evaluator = None
+    assert evaluation_time(config, watch, steps=10) == (None, "")
+
+
+@pytest.mark.long
+def test_evaluations_belong_to_the_time_and_the_cost(tmp_path):
+    data = tiny_data().data("sft")
+    asked = {"eval_every": 4, "eval_task": "loss", "eval_data": data, "max_steps": 10, "best_by": "loss"}
+    asked |= {"eval_limit": 40}
+    _, *line = tiny_data().train(tmp_path / "out", **asked)
+    report = run_mmv("plan", *line, "--price-per-hour", "3.6", "--json").json
+    assert "4 evaluations of 40 questions, measured on 32 of them" in report["how"]
+    assert 0 < report["evaluation_seconds"] < report["seconds"]
+    assert report["cost"] == pytest.approx(0.001 * report["seconds"])
+    assert run_mmv("train", *line).code == 0
+    run = read_run(tmp_path / "out" / NAME)
+    measured = sum(event["evaluation"]["seconds"] for event in run.events if "evaluation" in event)
+    actual = {name: value for name, _, value in beside(run)}
+    assert actual["evaluation_seconds"] == measured
+    assert actual["seconds"] == run.last["seconds"] + measured
+
+
 def test_what_is_measured_is_of_the_right_size(out):
     forecast = json.loads((out / NAME / "forecast.json").read_text())
     last = read_rows(out / NAME / "metrics.jsonl")[-1]
@@ -58,14 +96,17 @@ def test_the_report_says_where_the_plan_was_for_something_else(out):
 
 
 def test_it_needs_no_base_and_says_all_in_words(tmp_path):
-    _, _, *line = tiny_data().train(tmp_path, "sft", init=tmp_path / "none.pth", max_steps=3, gpus=2)
-    ended = run_mmv("plan", "sft", *line)
+    init, data = tmp_path / "none.pth", tiny_data().data("sft")
+    _, _, *line = tiny_data().train(tmp_path, "sft", init=init, max_steps=3, gpus=2)
+    ended = run_mmv("plan", "sft", *line, "--price-per-hour", 2)
     assert ended.code == 0, ended.err
+    assert ended.err.splitlines()[0] == f"sft, preset demo: data {data}, weights {init}, which do not exist yet"
     rows = dict(row.split(maxsplit=1) for row in ended.out.splitlines())
     assert rows["steps"] == "3"
     assert rows["samples"] == "24"
     assert "2 processes assumed to be 2 times as fast" in rows["how"]
-    assert "cost" not in rows
+    assert rows["time"].endswith(" s")
+    assert rows["cost"].endswith(", in the currency of --price-per-hour")
 
 
 @pytest.mark.long

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -33,10 +34,11 @@ from tests.train.late import (
 def test_a_step_asks_a_gpu_nothing(kind, policy, pixels, tmp_path, monkeypatch):
     group_experts(monkeypatch)
     train_step = make_step(tmp_path, kind, POLICIES[policy], dtype="bfloat16" if "moe" in kind else "float32")
-    batches = [make_batch([20, 11], [1, 2], [5, 1], pixels), make_batch([9, 8], [0, 0], [4, 4])]
-    for _ in range(2):
+    mixed, text = make_batch([20, 11], [1, 2], [5, 1], pixels), make_batch([9, 8], [0, 0], [4, 4])
+    for batches in ([mixed, text], [mixed, text], [text]):
+        supervised = sum(batch.supervised for batch in batches)
         with no_waits():
-            step = train_step(batches, 14, 4, 1e-3)
+            step = train_step(batches, supervised, 2 * len(batches), 1e-3)
         assert step.result.finite
         assert step.result.grad_norm > 0
 
@@ -124,27 +126,39 @@ def numbers_of(events):
     return [replace(metrics, seconds=0.0, data_seconds=0.0) for metrics in events.steps]
 
 
-def batches_with(bad=(), count=8):
+def batches_with(bad=(), number=8):
     torch.manual_seed(0)
-    batches = [make_batch([12, 9 + n % 3], [1, 1], [3, 2 + n % 3]) for n in range(count)]
+    batches = [make_batch([12, 9 + n % 3], [1, 1], [3, 2 + n % 3]) for n in range(number)]
     for n in bad:
         batches[n - 1].image_features[0] = math.nan
     return batches
 
 
-@pytest.mark.parametrize("bad", [(), (3,), (3, 4, 6)])
-def test_steps_that_are_read_late_are_the_same(bad, make_run):
+def spoil_gradients(run, bad):
+    """Let the gradient of these steps be infinite, though their loss is not."""
+    steps = count(1)
+    run.train_step.trainable[0].register_hook(lambda gradient: math.inf * gradient if next(steps) in bad else gradient)
+
+
+@pytest.mark.parametrize("spoiled", ["loss", "gradient"])
+@pytest.mark.parametrize("bad", [(), (1,), (3,), (8,), (3, 4, 6)])
+def test_steps_that_are_read_late_are_the_same(bad, spoiled, make_run):
     at_once, late = Order(), Order()
     runs = [
-        make_run(batches_with(bad), late=events is late, events=events, every=4, val_every=3)
+        make_run(batches_with(bad if spoiled == "loss" else ()), events is late, events, every=4, val_every=3)
         for events in (at_once, late)
     ]
+    for run in runs if spoiled == "gradient" else ():
+        spoil_gradients(run, bad)
     summaries = [run.run() for run in runs]
     assert repr(numbers_of(late)) == repr(numbers_of(at_once))  # NaN is not equal to itself
+    good = [n not in bad for n in range(1, 9)]
+    assert [math.isfinite(step.grad_norm) for step in late.steps] == good
+    assert [math.isfinite(step.loss) for step in late.steps] == (good if spoiled == "loss" else [True] * 8)
     assert late.warnings == at_once.warnings
     assert sum("step skipped" in line for line in late.warnings) == len(bad)
     assert summaries[0].bad_steps == summaries[1].bad_steps == len(bad)
-    assert runs[0].progress.counts.skipped == runs[1].progress.counts.skipped == 0
+    assert runs[0].progress.counts.skipped == runs[1].progress.counts.skipped == (8 in bad)
     assert runs[0].saver.saved.keys() == runs[1].saver.saved.keys() == {4, 8}
     assert all(same(saved, runs[1].saver.saved[step]) for step, saved in runs[0].saver.saved.items())
     launches = late.launches()
@@ -195,12 +209,12 @@ def test_data_that_ends_a_run_does_not_lose_the_step_before(make_run):
 
 def test_a_bad_step_changes_no_bit(tmp_path):
     train_step = make_step(tmp_path)
-    for batch in batches_with(count=2):
+    for batch in batches_with(number=2):
         train_step([batch], batch.supervised, 2, 1e-2)
     before = tensors_of(train_step)
-    [bad] = batches_with((1,), count=1)
+    [bad] = batches_with((1,), number=1)
     assert not train_step([bad], bad.supervised, 2, 1e-2).result.finite
     assert same(before, tensors_of(train_step))
-    [good] = batches_with(count=1)
+    [good] = batches_with(number=1)
     assert train_step([good], good.supervised, 2, 1e-2).result.finite
     assert not same(before, tensors_of(train_step))

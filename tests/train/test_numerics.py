@@ -404,3 +404,25 @@ def test_who_asks_a_model_in_training_hears_what_it_has_learnt(rows, events, tmp
     assert not torch.allclose(heard(), before)
     with torch.inference_mode():
         torch.testing.assert_close(heard(), run.train_step.model(ids).logits[:, -1], atol=1e-5, rtol=0)
+
+
+def test_the_optimiser_is_torchs_own_whose_state_it_takes():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Linear(5, 3) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimisers = [
+        train_step.AdamW(ours.parameters(), 1e-2, torch.device("cpu"), 0.1),
+        torch.optim.AdamW(theirs.parameters(), 1e-2, weight_decay=0.1, fused=True),
+    ]
+    for _ in range(3):
+        x = torch.randn(4, 5)
+        for layer, optimiser in zip((ours, theirs), optimisers, strict=True):
+            layer(x).square().sum().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+        states = [optimiser.state_dict() for optimiser in optimisers]
+        assert states[0].keys() == states[1].keys()
+        assert states[0]["param_groups"] == states[1]["param_groups"]
+        for optimiser, state in zip(optimisers, reversed(states), strict=True):
+            optimiser.load_state_dict(state)

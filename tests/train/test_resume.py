@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.monitor import fingerprint as origin
-from tests.cli.harness import BASE, Running, read_rows, run_mmv, sighted, tiny_data, write_rows
+from tests.cli.harness import BASE, MMV, Running, read_rows, run_mmv, sighted, tiny_data, write_rows
 from tests.conftest import train_until_killed
 
 NAME = "pretrain_vlm_128"
@@ -157,7 +157,8 @@ def test_a_stop_says_how_to_resume(tmp_path):
     ended = run.send(signal.SIGTERM).wait()
     assert ended.code == 143
     command = ended.err.splitlines()[-1]
-    assert command.startswith("resume with: mmv train pretrain --preset demo ")
+    assert command.startswith(f"resume with: {MMV} train pretrain --preset demo ")
+    assert f"chat with it: {MMV} chat --model " in ended.err
     assert command.endswith(" --resume")
     assert "--overwrite" not in command
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import minimind_v as mmv
 from minimind_v.core.config.generation import V2025
 from minimind_v.core.config.load import build_config, resolve
 from minimind_v.core.config.presets import PRESETS
@@ -144,6 +145,25 @@ def test_companions_of_published_weights_are_searched_in_the_download_folders(tm
     for stage in ("pretrain", "sft"):
         Path(f"dataset/{stage}_i2t.parquet").touch()
         assert earlier_run(Path(f"{stage}_vlm_512.pth"), PRESETS["small"]).file == Path(f"dataset/{stage}_i2t.parquet")
+
+
+def test_nothing_is_trained_or_written_where_every_answer_is_right_already(tmp_path, earlier):
+    """Rows without images, whose answers are what the model says."""
+    asked = [{"role": "user", "content": "What is this?"}]
+    loaded = mmv.load(earlier, vision_model=EYE, tokenizer=EYE.parent)
+    asked.append({"role": "assistant", "content": str(loaded.ask(asked[0]["content"], temperature=0))})
+    rows = {"data": write_rows(tmp_path / "mine.jsonl", [{"conversations": asked}] * 2), "images": None}
+    ended = small(tmp_path / "out", earlier, rows)
+    assert ended.code == 0, ended.err
+    assert f"nothing to learn: {earlier} answers every row of {rows['data']} correctly (2 rows)" in ended.err
+    assert "done after 0 steps; no weights written" in ended.err
+    assert f"chat with it: mmv chat --model {earlier}" in ended.err
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+
+
+def test_epochs_are_those_that_the_steps_are(tmp_path, earlier, mine):
+    ended = small(tmp_path / "out", earlier, mine, max_steps=6)
+    assert ", 0.5 epochs, 6 steps of 1 row on cpu" in ended.err
 
 
 # --- what it is made of -----------------------------------------------------------------------------------------------

@@ -128,6 +128,21 @@ def test_wrong_options_are_refused(words, message):
     assert message in ended.error
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--split", "test"), "is one file; only a folder has splits"),
+        (("--device", "gpu0"), "--device gpu0: not available on this machine"),
+    ],
+)
+def test_wrong_options_are_refused_before_a_run_has_weights(tmp_path, words, message):
+    lock = Lock(tmp_path / f".{NAME}.lock", {})
+    ended = run_mmv("eval", "--watch", tmp_path / NAME, "--task", "vqa", "--data", tiny_data().data("sft"), *words)
+    lock.release()
+    assert ended.code == 2
+    assert message in ended.error
+
+
 def test_all_that_is_missing_is_named_at_once(tmp_path):
     ended = run_mmv("eval", "--watch", tmp_path / "none", "--task", "vqa", "--data", tmp_path / "none.jsonl")
     assert ended.code == 1

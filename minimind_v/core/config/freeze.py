@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from minimind_v.core.extensions import Table
+
 
 @dataclass(frozen=True)
 class FreezePolicy:
@@ -20,12 +22,14 @@ class FreezePolicy:
     prepare: Callable[[Any], None] = lambda model: None  # called once with the VLM, its weights loaded
 
 
-FREEZE_POLICIES = {
-    "projector": FreezePolicy(lambda name, layers: False),
-    "projector+last": FreezePolicy(lambda name, layers: name.startswith(f"model.layers.{layers - 1}.")),
-    "projector+ends": FreezePolicy(
-        lambda name, layers: name.startswith(("model.layers.0.", f"model.layers.{layers - 1}."))
-    ),
-    "attention": FreezePolicy(lambda name, layers: ".self_attn." in name),
-    "all": FreezePolicy(lambda name, layers: True),
-}  # the projector trains in all of them
+FREEZE_POLICIES = Table(
+    {
+        "projector": FreezePolicy(lambda name, layers: False),
+        "projector+last": FreezePolicy(lambda name, layers: name.startswith(f"model.layers.{layers - 1}.")),
+        "projector+ends": FreezePolicy(
+            lambda name, layers: name.startswith(("model.layers.0.", f"model.layers.{layers - 1}."))
+        ),
+        "attention": FreezePolicy(lambda name, layers: ".self_attn." in name),
+        "all": FreezePolicy(lambda name, layers: True),
+    }
+)  # the projector trains in all of them

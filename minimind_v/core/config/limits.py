@@ -5,12 +5,16 @@ from __future__ import annotations
 from minimind_v.core.config.schema import RunConfig, TextConfig
 from minimind_v.core.errors import UsageError
 from minimind_v.core.machine import check_workers, total_memory
+from minimind_v.core.outputs import check_folder
 
 FLOAT = 4  # bytes of a weight while it is trained
 
 
 def check_machine(config: RunConfig) -> None:
-    """Raises UsageError where a run asks for more data workers or weights than this machine can hold."""
+    """Raises UsageError where a run asks for more data workers or weights than this machine can hold, or where its
+    folder cannot exist.
+    """
+    check_folder(config.out)
     check_workers(config.data.workers)
     check_memory(config.model)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from minimind_v.core.config.generation import generation_of
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.errors import UsageError, nearest
-from minimind_v.core.paths import PRESET_DEMO_3V
+from minimind_v.core.paths import PRESET_DEMO, PRESET_DEMO_3V
 
 _3V = TextConfig(
     hidden_size=768,
@@ -26,7 +26,7 @@ PRESETS: dict[str, TextConfig] = {
     "moe": TextConfig(hidden_size=640, num_hidden_layers=8, use_moe=True),
     "3v": _3V,
     "3v-moe": replace(_3V, use_moe=True),
-    "demo": TextConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=600),
+    PRESET_DEMO: TextConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=600),
     PRESET_DEMO_3V: replace(
         _3V,
         hidden_size=128,

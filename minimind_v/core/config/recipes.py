@@ -54,7 +54,7 @@ def _published(stage: str, model: TextConfig) -> RunConfig:
 
 
 def small_data(model: TextConfig = PRESETS["small"]) -> RunConfig:
-    """Fine-tuning on a dozen rows of one's own: many small steps, and an end as soon as every answer is right.
+    """Fine-tuning on a dozen rows of one's own: many small steps, and an end once every answer is right.
 
     Accuracy of the demo's model on held-out scenes, after twelve images whose answers are all right:
 

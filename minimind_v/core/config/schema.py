@@ -14,6 +14,7 @@ from minimind_v.core.paths import DATASET_DIR, OUT_DIR, TOKENIZER_DIR, VISION_DI
 
 STAGES = ("pretrain", "sft")
 DTYPES = ("auto", "float32", "bfloat16")
+REDUCE_DTYPES = ("float32", "bfloat16")
 FEATURES = ("off", "auto", "exact", "int8")
 MOST_WORKERS = 16  # data workers without --workers: more than any of today's GPUs needs
 VALIDATION = "validation"  # in place of a metric's name
@@ -234,6 +235,7 @@ class RunConfig:
     grad_clip: float = 1.0
     seed: int = 42
     dtype: str = "auto"  # auto: bf16 autocast where a GPU has it, else float32
+    reduce_dtype: str = "float32"  # of the gradients that several processes exchange
     device: str = "auto"
     deterministic: bool = False  # the same bits from the same run on a GPU too, at some cost; on a CPU they always are
     gpus: int = 1  # processes on this machine, each with a GPU of its own or, with device cpu, without
@@ -259,6 +261,7 @@ class RunConfig:
         one_of("stage", self.stage, STAGES)
         one_of("freeze", self.freeze, FREEZE_POLICIES)
         one_of("dtype", self.dtype, DTYPES)
+        one_of("reduce-dtype", self.reduce_dtype, REDUCE_DTYPES)
         one_of("features", self.features, FEATURES)
         one_of("track", self.track, TRACKERS)
         for flag in ("epochs", "accumulate", "gpus", "keep", "log_every", "val_rows", "eval_limit"):

@@ -32,10 +32,10 @@ KINDS = {  # what training does about a row with this problem; it skips rows wit
     "cut": CUT,
     "unanswered": CUT,
     "empty answer": TRAINED,
-    "unused picture": TRAINED,
+    "unused image": TRAINED,
     "dark on transparent": TRAINED,
     "duplicate row": TRAINED,
-    "duplicate picture": TRAINED,
+    "duplicate image": TRAINED,
     "held out": TRAINED,
 }
 DARK_ON_TRANSPARENT = "dark on a transparent background, which becomes black in training — save it on white"
@@ -146,9 +146,9 @@ class Report:
     def _repetitions(self) -> Iterator[Finding]:
         for index in np.flatnonzero((self._first_shown >= 0) | self.repeated).tolist():
             if (first := self._first_copy[index]) >= 0:
-                yield index, "duplicate row", f"the same text and pictures as {self._store.location(int(first))}"
+                yield index, "duplicate row", f"the same text and images as {self._store.location(int(first))}"
             if (first := self._first_shown[index]) >= 0:
-                yield index, "duplicate picture", f"a picture of {self._store.location(int(first))}"
+                yield index, "duplicate image", f"an image of {self._store.location(int(first))}"
             if self._held_out and (first := self._held_out_copy[index]) >= 0:
                 yield index, "held out", f"shared with {self._held_out.location(int(first))}"
 
@@ -217,7 +217,7 @@ def check_row(dataset: RowDataset, index: int) -> CheckedRow:
                     checked.problems.append(("dark on transparent", f"{name}: {DARK_ON_TRANSPARENT}"))
         except RowError as error:
             if checked.text_row:
-                checked.problems.append(("unused picture", f"{error} (in a text row, so training does not read it)"))
+                checked.problems.append(("unused image", f"{error} (in a text row, so training does not read it)"))
             elif position >= used:  # training does not read it
                 checked.problems.append(("cut", f"{error} (in a turn that is cut off)"))
             else:

@@ -13,6 +13,7 @@ import numpy as np
 from minimind_v.core.curate.convert import check_files, convert, unreadable
 from minimind_v.core.errors import RowError, RunError, UsageError
 from minimind_v.core.files import only_writer, write_atomically
+from minimind_v.core.outputs import check_folder
 from minimind_v.core.rows.arrow import SavedRows
 from minimind_v.core.rows.cells import data_uri
 from minimind_v.core.rows.folder import FolderRows
@@ -44,17 +45,19 @@ def split(
     held_out: float,
     seed: int,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    begin: Callable[[str], Callable[[int, int], None]] = lambda stage: lambda done, total: None,
 ) -> Split:
     """Write `train` and `held_out` into a folder: parquet if the rows contain their pictures, else JSONL.
 
     `held_out` is a share below 1, or a number of rows from 1 on. Rows that share a picture, directly or through other
-    rows, stay together. Raises UsageError if one side would be empty, DataError for an unreadable row.
+    rows, stay together. `begin` gets the name of a stage, and returns what gets its progress.
+    Raises UsageError if one side would be empty, DataError for an unreadable row.
     """
     packed = isinstance(rows, ParquetRows | SavedRows | TarRows) or (
         isinstance(rows, FolderRows) and rows.pictures is None
     )  # with the pictures in the rows
     train, aside = (out / f"{name}.{'parquet' if packed else 'jsonl'}" for name in ("train", "held_out"))
+    check_folder(out)
     check_files([train, aside], overwrite, rows.path, rows.pictures)
     for path in (train, aside):
         if path.is_dir():
@@ -63,20 +66,27 @@ def split(
     def refuse(index: int, error: RowError) -> None:
         raise unreadable(rows, index, error)
 
-    groups = group_by_picture(rows, refuse, lambda done: progress(done, 2 * len(rows)))
+    reading = begin("reading rows")
+    groups = group_by_picture(rows, refuse, lambda done: reading(done, len(rows)))
     held = _hold_out(groups, held_out, seed)
     with only_writer(out / SPLIT):
         check_files([train, aside], overwrite, rows.path, rows.pictures)  # another run may have made them
         staging = out / f".{SPLIT}.parts"  # both files get their names, or neither
         staged = [staging / path.name for path in (aside, train)]
         try:
+            writing, written = begin("writing rows"), 0
             for path, chosen in zip(staged, (held, ~held), strict=True):
                 chosen_rows = SampledRows(rows, np.flatnonzero(chosen))
+
+                def count(done: int, _: int, before: int = written) -> None:
+                    writing(before + done, len(rows))
+
                 if packed:
-                    convert(chosen_rows, path, overwrite=True)
+                    convert(chosen_rows, path, True, count)
                 else:
                     _write_rows(chosen_rows, path)
-                progress(len(rows) + len(chosen_rows), 2 * len(rows))
+                    count(len(chosen_rows), 0)
+                written += len(chosen_rows)
             _publish(staged, [aside, train])
         finally:
             for path in staged:

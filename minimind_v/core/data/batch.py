@@ -170,9 +170,3 @@ def _stack(arrays: Sequence[Tensor | np.ndarray], kind: torch.dtype) -> Tensor:
         else:
             stacked[number].numpy()[:] = array
     return stacked
-
-
-def stand_in(pad_id: int) -> Batch:
-    """A row of padding without supervised tokens."""
-    nothing = torch.zeros(1, 2, dtype=torch.bool)
-    return Batch(torch.full((1, 2), pad_id), nothing, torch.full((1, 2), IGNORE), nothing)

@@ -166,7 +166,7 @@ def open_feature_cache(
     spec = encoder.encoder.spec
     layout = FeatureLayout("int8" if choice == "int8" else encoder.kind, spec.tokens_per_image, spec.width)
     if choice == "off":
-        return FeatureCache(encoder)
+        return FeatureCache(encoder, warn=warn)
     name, encoding = encoder.identify()
     store = FeatureStore.below(folder, f"{name}-{layout.kind}", layout)
     room = store.budget // layout.record
@@ -175,7 +175,7 @@ def open_feature_cache(
         if reading is None or reading * WORTH > encoding:
             why = f"reading an image's takes {(reading or 0) * 1e3:.2g} ms, encoding it {encoding * 1e3:.2g} ms"
             say(f"features: not cached ({f'no disk space in {folder}' if reading is None else why})")
-            return FeatureCache(encoder)
+            return FeatureCache(encoder, warn=warn)
     line = f"features: cached as {layout.kind} in {store.folder}, {layout.record / 1e3:.0f} kB an image; "
     line += f"{store.count():,} cached, room for {room:,}"
     if room < rows and choice != "int8":

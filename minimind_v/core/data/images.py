@@ -58,17 +58,17 @@ TURNS = {  # EXIF orientation (tag 0x0112) → the transposition that turns the 
     8: Transpose.ROTATE_90,
 }
 STRANGERS = {  # first bytes of other files that were saved as picture files
-    b"<!doctype html": "an HTML page: the web page of a picture was saved instead of the picture",
-    b"<html": "an HTML page: the web page of a picture was saved instead of the picture",
-    b"version https://git-lfs": "a git-lfs pointer, not the picture: run `git lfs pull` in its repository",
+    b"<!doctype html": "an HTML page: the web page of an image was saved instead of the image",
+    b"<html": "an HTML page: the web page of an image was saved instead of the image",
+    b"version https://git-lfs": "a git-lfs pointer, not the image: run `git lfs pull` in its repository",
     b"<svg": "an SVG drawing: save it as PNG",
     b"<?xml": "XML, perhaps an SVG drawing: save it as PNG",
-    b"%!ps": "PostScript, a program and not a picture: save it as PNG",
+    b"%!ps": "PostScript, a program and not an image: save it as PNG",
     b"%pdf": "a PDF document: save its page as PNG",
     b"8bps": "a Photoshop file: save it as PNG",
     b"pk\x03\x04": "a zip archive",
     b"\x1f\x8b": "a gzip archive",
-    b"{": "JSON text: perhaps a server's error message was saved instead of the picture",
+    b"{": "JSON text: perhaps a server's error message was saved instead of the image",
 }
 BRANDS = {b"hei": "HEIC", b"hev": "HEIC", b"mif": "HEIF", b"msf": "HEIF"}  # in an ISO media file, behind `ftyp`
 
@@ -119,6 +119,8 @@ def to_pixels(
 ) -> np.ndarray:
     """Prepare a decoded image as `load_pixels` does. Raises RowError with `name`."""
     with _row_errors(name):
+        if not all(image.size):
+            raise ValueError(f"it has {image.width}×{image.height} pixels")
         return _prepare(image, image.size, size, resize_mode, resample)
 
 
@@ -256,10 +258,10 @@ def _row_errors(name: str) -> Iterator[None]:
     try:
         yield
     except Image.DecompressionBombError as error:
-        raise RowError(f"{name}: {error}", "picture too large") from None
+        raise RowError(f"{name}: {error}", "image too large") from None
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         reason = " ".join((str(error) or repr(error)).split())
-        raise RowError(f"{name}: the picture cannot be decoded ({reason:.200})", "picture broken") from None
+        raise RowError(f"{name}: the image cannot be decoded ({reason:.200})", "image broken") from None
 
 
 def _describe(data: bytes) -> str:
@@ -275,7 +277,7 @@ def _describe(data: bytes) -> str:
     for beginning, meaning in STRANGERS.items():
         if head.startswith(beginning):
             return meaning
-    return f"not a picture, or damaged at its start; supported formats: {', '.join(_formats())}"
+    return f"not an image, or damaged at its start; supported formats: {', '.join(_formats())}"
 
 
 # --- to pixels --------------------------------------------------------------------------------------------------------

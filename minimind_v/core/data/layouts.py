@@ -14,6 +14,7 @@ from typing import Any
 
 from minimind_v.core.data.thinking import EMPTY_BLOCK, TAGS, THINK, plain_messages
 from minimind_v.core.errors import RowError, UsageError, nearest
+from minimind_v.core.extensions import Table
 
 # Ours, in the spirit of the published ones: half of them Chinese, some with the model's name.
 SYSTEM_PROMPTS = (
@@ -177,7 +178,7 @@ def _tagged(text: str, supervised_from: int | None = None) -> Iterator[Piece]:
         begin += len(piece)
 
 
-CHAT_LAYOUTS: dict[str, ChatLayout] = {"chatml": ChatML(), "chatml-think": ChatMLThink()}
+CHAT_LAYOUTS: Table[ChatLayout] = Table({"chatml": ChatML(), "chatml-think": ChatMLThink()})
 
 
 def find_layout(name: str) -> ChatLayout:

@@ -104,6 +104,8 @@ def read_picture(name: str) -> Picture:
 
     Raises MissingInput if the file cannot be read, UsageError for other addresses.
     """
+    if not name.strip():
+        raise MissingInput("the name of an image is empty — name an image file")
     shown = shorten(name, SHOWN)
     if not _exists(name):
         if inline := INLINE.fullmatch(name):
@@ -138,8 +140,10 @@ def pictures_in(text: str) -> list[str]:
     return names if names and (all(are_pictures) or ending) else []
 
 
-def check_marks(question: str, images: int) -> None:
-    """Raises UsageError if a question's marks differ in number from its images."""
+def check_question(question: str, images: int) -> None:
+    """Raises UsageError if a question is empty, or its marks differ in number from its images."""
+    if not question.strip():
+        raise UsageError("the question is empty — write what you ask, such as 'What is in the image?'")
     marks = question.count(IMAGE_MARK)
     if marks and marks != images:
         raise UsageError(f"the question has {plural(marks, f'{IMAGE_MARK} mark')} for {plural(images, 'image')}")

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minimind_v.core.arguments import checked
 from minimind_v.core.data.images import load_pixels, to_pixels
-from minimind_v.core.data.picture_names import Picture, check_marks, read_picture
+from minimind_v.core.data.picture_names import Picture, check_question, read_picture
 from minimind_v.core.data.prompt import IMAGE_MARK, PromptEncoder, Tokens
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError
@@ -46,27 +46,29 @@ class Processor:
         token of a row predict the first token of its answer.
 
         A question without `<image>` marks gets one for each image, in front.
-        Raises UsageError, MissingInput or RowError if images do not match the marks or cannot be read.
+        Raises UsageError for an empty question, or UsageError, MissingInput or RowError if images do not match the
+        marks or cannot be read.
 
         >>> processor = mmv.load("out/sft_vlm_128.pth").processor
         >>> inputs = processor("What is this?", "pictures/star.jpg")
         >>> sorted(inputs), inputs["pixel_values"].shape
         (['attention_mask', 'image_mask', 'input_ids', 'pixel_values'], torch.Size([1, 3, 64, 64]))
         """
-        several = not isinstance(text, str)
+        several = isinstance(text, list | tuple)
         questions = [self.question(*pair) for pair in (_pairs(text, images) if several else [(text, images)])]
         inputs = self.pad([self.prompts.prompt([{"role": "user", "content": marked}]) for marked, _ in questions])
         if pixels := [image for _, images in questions for image in images]:
             inputs["pixel_values"] = torch.from_numpy(np.stack(pixels))
         return inputs
 
+    @checked
     def question(self, text: str, images: Any = None) -> tuple[str, list[np.ndarray]]:
         """A question with a mark for each image, and the images as uint8 [3, S, S]. Raises errors as `__call__`."""
         given = [] if images is None else images if isinstance(images, list | tuple) else [images]
+        check_question(text, len(given))
         pixels = [self.pixels(image) for image in given]
         if pixels and IMAGE_MARK not in text:
             text = f"{IMAGE_MARK}\n" * len(pixels) + text
-        check_marks(text, len(pixels))
         return text, pixels
 
     def pixels(self, image: Image) -> np.ndarray:
@@ -82,6 +84,8 @@ class Processor:
             return load_pixels(bytes(image), "the image", *preparation)
         if isinstance(image, str | Path):
             image = read_picture(str(image))
+        if isinstance(image, Tensor):
+            raise _no_image("a tensor", image, "a numpy array [height, width, 3]")
         if not isinstance(image, Picture):
             kind = type(image).__name__
             raise UsageError(f"not an image: {kind} — give a path, bytes, a PIL image or a numpy array")
@@ -110,12 +114,21 @@ def _pairs(texts: Sequence[str], images: Any) -> list[tuple[str, Any]]:
 
 def _from_array(array: np.ndarray) -> Pillow.Image:
     """[H, W, 3], [H, W, 4] or [H, W], uint8 or floats from 0 to 1. Raises UsageError for any other array."""
-    if array.dtype.kind == "f" and array.size and array.min() >= 0 and array.max() <= 1:
-        array = (array * 255).round().astype(np.uint8)
     flat = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    if array.dtype != np.uint8 or not flat or not array.size:
-        raise UsageError(
-            f"not an image: an array of shape {list(array.shape)} and type {array.dtype} — give [height, width, 3] of "
-            "uint8, or of floats from 0 to 1"
-        )
-    return Pillow.fromarray(np.ascontiguousarray(array))
+    floats = array.dtype.kind == "f" and array.size > 0 and array.min() >= 0 and array.max() <= 1
+    if not (flat and array.size and (floats or array.dtype == np.uint8)):
+        raise _no_image("an array", array, "[height, width, 3]")
+    levels = (array * 255).round().astype(np.uint8) if floats else array
+    return Pillow.fromarray(np.ascontiguousarray(levels))
+
+
+def _no_image(kind: str, array: np.ndarray | Tensor, form: str) -> UsageError:
+    """The error for an array or a tensor that is no image: what it is, and what to give in its place."""
+    shape, type_name = list(array.shape), str(array.dtype).removeprefix("torch.")
+    values = f", values from {array.min():g} to {array.max():g}" if "float" in type_name and 0 not in shape else ""
+    is_first = len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] not in (3, 4)
+    order = ", with the channels last" if is_first else ""
+    return UsageError(
+        f"not an image: {kind} of shape {shape} and type {type_name}{values} — give {form} of uint8, or of floats from "
+        f"0 to 1{order}"
+    )

@@ -17,6 +17,7 @@ from minimind_v.core.data.layouts import ChatLayout, Piece
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import RowError
 from minimind_v.core.rows.row import IMAGE_MARK
+from minimind_v.core.wording import plural
 
 TURNS = ("user", "tool"), ("assistant",)  # roles of messages that alternate
 MOST_MESSAGES = 10_000  # of a row: 32768 positions hold fewer
@@ -109,7 +110,7 @@ class PromptEncoder:
         if encoded.images:
             raise RowError(f"{IMAGE_MARK} in the system message", "roles")
         if marks and marks != images:
-            raise RowError(f"{marks} {IMAGE_MARK} marks for {images} images", "placeholders")
+            raise RowError(f"{plural(marks, f'{IMAGE_MARK} mark')} for {plural(images, 'image')}", "placeholders")
         if len(turns) == 1:
             raise RowError("the question has no answer", "no answer")
         answers, whole = len(turns) // 2, 0

@@ -8,20 +8,18 @@ own, as a CUDA graph, and a step is handed out when the group after its last one
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from minimind_v.core.cuda_graph import CudaGraphs, Record, record_cuda
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
 
 AHEAD = 32  # steps that are held at most: where few rows have images, a group is launched before it is full
-
-Encode = Callable[[], Tensor]
-Record = Callable[[Encode], Encode]  # → the same work without Python, into the same tensor; raises RuntimeError
 
 
 def encode_ahead(steps: Iterator[list[Batch] | None], cache: FeatureCache) -> Iterator[list[Batch] | None]:
@@ -53,11 +51,11 @@ class _Step:
 class VisionStage:
     """Encodes the images of steps before these begin; the current stream never waits for the group of a later step."""
 
-    def __init__(self, cache: FeatureCache, encoder: FeatureEncoder, record: Record | None = None) -> None:
-        """`record` replaces the recording of CUDA, where there is none."""
+    def __init__(self, cache: FeatureCache, encoder: FeatureEncoder, record: Record = record_cuda) -> None:
         self.cache, self.encoder = cache, encoder
         self._stream = _side_stream(encoder.device)
-        self._graph = _GroupGraph(encoder, record or self._record, cache.warn)
+        self.graphs = CudaGraphs(encoder.device, "images are encoded", cache.warn, 0.0, record)
+        self._pixels = self._features = torch.empty(0)  # of a group, in memory that stays
         self._waiting: deque[_Images] = deque()
         # Features that the current stream reads, until the event: freed earlier, the side stream would overwrite them.
         self._read: deque[tuple[torch.cuda.Event, list[tuple[Tensor, torch.cuda.Event | None]]]] = deque()
@@ -126,14 +124,14 @@ class VisionStage:
             while self._waiting and len(keys) < self.encoder.group:
                 images = self._waiting[0]
                 count = min(len(images.keys), self.encoder.group - len(keys))
-                self._graph.put(len(keys), images.pixel_values[:count])
+                self._put(len(keys), images.pixel_values[:count])
                 keys += images.keys[:count]
                 owners.append(images)
                 counts.append(count)
                 images.pixel_values, images.keys = images.pixel_values[count:], images.keys[count:]
                 if not images.keys:
                     self._waiting.popleft()
-            features = self.cache.keep(keys, self._graph.encode(len(keys)))  # [K, P, width]
+            features = self.cache.keep(keys, self._encode(len(keys)))  # [K, P, width]
             computed = self._stream.record_event() if self._stream else None
         for images, piece in zip(owners, features.split(counts), strict=True):
             images.features.append((piece, computed))
@@ -142,56 +140,25 @@ class VisionStage:
     def _beside(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 
-    def _record(self, encode: Encode) -> Encode:
-        """The work as a CUDA graph. Other threads may use CUDA meanwhile."""
-        self._recording = graph = torch.cuda.CUDAGraph()  # kept if it fails: the allocator may still have its address
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            features = encode()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return features
-
-        return replay
-
-
-class _GroupGraph:
-    """The encoder for one group, whose images always lie in the same memory, so that its work can be recorded."""
-
-    def __init__(self, encoder: FeatureEncoder, record: Record, warn: Callable[[str], None]) -> None:
-        self.encoder, self.record, self.warn = encoder, record, warn
-        self._pixels = torch.empty(0)  # uint8 [group, 3, S, S]
-        self._replay: Encode | None = None
-        self._tried = False
-
-    def put(self, position: int, pixel_values: Tensor) -> None:
+    def _put(self, position: int, pixel_values: Tensor) -> None:
         """Copy images [K, 3, S, S] into the group."""
         if not len(self._pixels):
             shape = self.encoder.group, *pixel_values.shape[1:]
-            self._pixels = torch.empty(shape, dtype=pixel_values.dtype, device=self.encoder.device)
+            self._pixels = pixel_values.new_empty(shape, device=self.encoder.device)
         self._pixels[position : position + len(pixel_values)].copy_(pixel_values, non_blocking=True)
 
-    def encode(self, count: int) -> Tensor:
+    def _encode(self, count: int) -> Tensor:
         """Features of the first `count` images of the group [K, P, width]."""
-        if count == len(self._pixels) and self._replay:
-            return self._replay().clone()
-        features = self.encoder.encode(self._pixels[:count])
-        if count == len(self._pixels) and not self._tried:
-            self._tried = True
-            self._replay = self._recorded(features)
-        return features
+        if count < len(self._pixels):
+            return self.encoder.encode(self._pixels[:count])
+        self.graphs.run(count, self._encode_group, [self._features])
+        return self._features.clone()
 
-    def _recorded(self, expected: Tensor) -> Encode | None:
-        """A recording of the present group's encoding that gave the same bits as it did, [group, P, width]; or none."""
-        try:
-            replay = self.record(lambda: self.encoder.encode(self._pixels))
-            if torch.equal(replay(), expected):
-                return replay
-            reason = "its features differ"
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        self.warn(f"images are encoded without a CUDA graph: {reason}")
-        return None
+    def _encode_group(self) -> None:
+        features = self.encoder.encode(self._pixels)
+        if not len(self._features):
+            self._features = torch.empty_like(features)
+        self._features.copy_(features)
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from minimind_v.core.data.parcel import Parcel
@@ -74,12 +75,13 @@ def begin(loader: DataLoader[Any]) -> Any:
     torch's signal handler interrupts the program when a worker dies, also in the middle of a step. `unpacked` reports
     the death when the next batch does not arrive, so the old handler is set again.
 
-    A forked worker must not free inherited memory of a GPU, or pinned for one: the attempt ends the process. So garbage
-    is collected before, and all other objects are frozen.
+    A forked worker must not free inherited memory of a GPU, or pinned for one: the attempt ends the process. So where
+    there is a GPU garbage is collected before, for a tenth of a second, and all other objects are frozen.
     """
     sigchld = getattr(signal, "SIGCHLD", None)
     before = signal.getsignal(sigchld) if sigchld else None
-    gc.collect()
+    if torch.cuda.is_initialized():
+        gc.collect()
     gc.freeze()
     try:
         return iter(loader)

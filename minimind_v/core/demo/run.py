@@ -34,6 +34,7 @@ from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
 from minimind_v.core.hub.sources import SOURCES
 from minimind_v.core.monitor.metrics import Listener, read_metrics
+from minimind_v.core.outputs import check_folder
 from minimind_v.core.pages.demo_report import Sample, write_report
 from minimind_v.core.pages.run_report import read_run
 from minimind_v.core.paths import DATASET_DIR, OUT_DIR
@@ -70,11 +71,11 @@ class Demo:
         out: Path,
         seed: int,
         listener: Listener,
-        announce: Callable[[str, str], None],
+        announce: Callable[[str, list[str]], None],
         size: Size = FULL,
         demo: DemoGeneration = DEMO_GENERATIONS["2025"],
     ) -> None:
-        """`announce` gets the title of each stage and the equivalent command."""
+        """`announce` gets the title of each stage and the equivalent commands."""
         self.out, self.seed, self.listener, self.announce, self.size = out, seed, listener, announce, size
         self.demo = demo
         self.seconds: dict[str, float] = {}
@@ -96,30 +97,31 @@ class Demo:
     def _run(self) -> dict[str, Any]:
         started = time.perf_counter()
         sft = self.weights["sft"]
-        test = ["--data", self.dataset / "heldout_scenes_data.jsonl"]
-        self._stage("assets", "assets: drawing the world", SOURCES["dataset"].command(), self._assets)
-        before = self._stage("before", "before training: the model guesses", "", lambda: self._score(self._untrained()))
+        tests = [["--data", self.dataset / f"heldout_{name}_data.jsonl"] for name in ("scenes", "pairs")]
+        self._stage("assets", "assets: drawing the world", [SOURCES["dataset"].command()], self._assets)
+        before = self._stage("before", "before training: the model guesses", [], lambda: self._score(self._untrained()))
         for stage, title in (("pretrain", "pretraining on captions"), ("sft", "fine-tuning on questions")):
-            self._stage(stage, title, _command("train", stage, *self._flags(stage)), partial(self._train, stage))
+            self._stage(stage, title, [_command("train", stage, *self._flags(stage))], partial(self._train, stage))
         loaded = load(sft, device="cpu")
         after = self._stage(
-            "eval", "evaluation: new scenes, new pairs, blank images",
-            _command("eval", "--model", sft, *test, "--blind"), lambda: self._score(loaded),
+            "eval", "evaluation: new scenes, with their images and with blank ones, and new pairs",
+            [_command("eval", "--model", sft, *tests[0], "--blind"), _command("eval", "--model", sft, *tests[1])],
+            lambda: self._score(loaded),
         )  # fmt: skip
         picture, question = self.pictures[EXAMPLE]
         chat = _command("chat", "--model", sft, "--greedy", "--image", picture, question.text)
-        answer = self._stage("chat", "chat: a question about a new image", chat, lambda: self._chat(loaded))
+        answer = self._stage("chat", "chat: a question about a new image", [chat], lambda: self._chat(loaded))
         samples = self._samples(loaded)
         export = _command("convert", "--model", sft, "--to", "safetensors")
-        self._stage("convert", "convert: the same weights as safetensors", export, self._convert)
+        self._stage("convert", "convert: the same weights as safetensors", [export], self._convert)
         self._note_weights()
         summary = self._summary(before, after, answer, time.perf_counter() - started)
         write_text(self.out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         write_report(self.out / "report.html", summary, self._curves(), self._use_of_images(), samples, world.knows())
         return summary
 
-    def _stage(self, name: str, title: str, command: str, work: Callable[[], Any]) -> Any:
-        self.announce(title, command)
+    def _stage(self, name: str, title: str, commands: list[str], work: Callable[[], Any]) -> Any:
+        self.announce(title, commands)
         started = time.perf_counter()
         result = work()
         self.seconds[name] = round(time.perf_counter() - started, 2)
@@ -128,10 +130,9 @@ class Demo:
     def _refuse_to_replace(self) -> None:
         """Raises UsageError if the folder has files that no demo wrote."""
         mark = self.out / MARK
+        check_folder(self.out)
         if self.out.exists() and not mark.exists():
             own = f".{MARK}.lock"
-            if self.out.is_file():
-                raise UsageError(f"{self.out} is a file — name a new folder with --out")
             if any(path.name != own for path in self.out.iterdir()):
                 raise UsageError(f"{self.out} contains other files — name a new folder with --out")
         for name, stamp in read_notes(mark).get("weights", {}).items():
@@ -226,7 +227,7 @@ class Demo:
         """Ask the question about one of the image files."""
         picture, question = self.pictures[EXAMPLE]
         answer = "".join(Session(loaded.model, loaded.tokenizer, GREEDY).ask(question.text, [picture], 32)).strip()
-        verdict = "right" if answer == question.answer else f"wrong: the correct answer is {question.answer}"
+        verdict = "correct" if answer == question.answer else f"wrong: the correct answer is {question.answer}"
         self.listener.message(f"   {question.text}\n   {answer} ({verdict})")
         return answer
 

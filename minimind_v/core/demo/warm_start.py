@@ -56,7 +56,7 @@ def fill_tower(tower: nn.Module) -> None:
 def _image(side: int, seed: int) -> Tensor:
     rng = random.Random(seed)
     drawing = world.jpeg(world.draw(world.make_scene(rng), rng))
-    return torch.from_numpy(load_pixels(drawing, "drawn", side))
+    return torch.from_numpy(load_pixels(drawing, "drawn", side).copy())
 
 
 @torch.no_grad()

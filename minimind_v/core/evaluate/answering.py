@@ -25,6 +25,7 @@ from minimind_v.core.evaluate.reading import Reading
 from minimind_v.core.generate.engine import CONTEXT
 from minimind_v.core.generate.prompt_cache import Store
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.wording import plural
 
 ROWS, TOKENS = 64, 8192  # of a pass, with all that its rows have read; fixed, so that no setting changes a digit
 GUESSES = 4  # passes for an answer before it is decoded token by token
@@ -174,7 +175,7 @@ def encode_prompt(prompts: PromptEncoder, messages: Messages, images: int) -> To
     """The tokens of a prompt. Raises RowError where it is too long, or its marks and images differ in number."""
     tokens = prompts.prompt([{"role": role, "content": content} for role, content in messages])
     if tokens.images != images:
-        raise RowError(f"{tokens.images} image marks for {images} images", "placeholders")
+        raise RowError(f"{plural(tokens.images, 'image mark')} for {plural(images, 'image')}", "placeholders")
     if len(tokens) >= CONTEXT // 2:
         raise RowError(f"the question is longer than {CONTEXT // 2} tokens", "too long")
     return tokens

@@ -1,4 +1,4 @@
-"""What a task asks a model, as plain data: a prompt, and how it is answered."""
+"""What a task asks a model and what the model gives, as plain data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from minimind_v.core.rows.row import IMAGE_MARK
 
@@ -61,6 +63,11 @@ class Reply:
     def probability(self) -> float | None:
         """How probable the model's text was; None where that is not known."""
         return math.exp(min(self.logprobs[0], 0.0)) if self.logprobs else None
+
+
+def perplexity(loss: Any) -> Any:
+    """The perplexity of a loss in nats per token, or of an array of losses; it is finite for any loss."""
+    return np.exp(np.minimum(loss, 50.0))
 
 
 def _without_marks(content: str) -> str:

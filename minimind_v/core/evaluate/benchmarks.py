@@ -91,13 +91,13 @@ def read_picture(rows: RowStore, row: Row, index: int, position: int, name: str)
     try:
         return rows.picture(index, position, name)
     except RowError as error:
-        if error.kind != "picture missing" or (Path(name).suffix.lower() in ENDINGS and "pid" not in row.extra):
+        if error.kind != "image missing" or (Path(name).suffix.lower() in ENDINGS and "pid" not in row.extra):
             raise
         for other in _other_names(row, name):
             try:
                 return rows.picture(index, position, other)
             except RowError as second:
-                if second.kind != "picture missing":
+                if second.kind != "image missing":
                     raise
         raise error
 

@@ -46,6 +46,7 @@ from minimind_v.core.evaluate.results import (
     measured,
     visual_gain,
 )
+from minimind_v.core.evaluate.run import features_beside
 from minimind_v.core.evaluate.sheets import (
     MOST_IMAGES,
     OF_QUESTION,
@@ -60,16 +61,18 @@ from minimind_v.core.evaluate.tasks.task import Task
 from minimind_v.core.evaluate.template import Template
 from minimind_v.core.evaluate.work import OpenModel, Work, answer_in_processes
 from minimind_v.core.extensions import extensions_digest
-from minimind_v.core.files import as_json, disk_errors, only_writer, write_text
+from minimind_v.core.files import as_json, disk_errors, only_writer, read_notes, write_text
 from minimind_v.core.formats.companions import tokenizer_digest
-from minimind_v.core.formats.load import LoadedModel
+from minimind_v.core.formats.load import LoadedModel, silent
 from minimind_v.core.generate.engine import CONTEXT
 from minimind_v.core.hub.sources import BENCHMARKS
+from minimind_v.core.outputs import check_folder
 from minimind_v.core.paths import OUT_DIR
 from minimind_v.core.rows.row import RowStore
 from minimind_v.core.version import __version__
 
 REPORT, REPLIES = "report.json", ".replies.jsonl"
+SHOWN = 5  # skipped questions that are named
 FEW_TEXTS = 4096  # questions and answers whose numbers of tokens are kept
 FIELDS = "fields."  # before the keys of a task's file that name fields of the rows
 USUAL = "question, answer, choices, image, hint, kind, id"  # for a message; those of the benchmarks are read, too
@@ -164,6 +167,7 @@ class Prepared:
     work: Work
     images: Images
     features: Features
+    vision: str  # a digest of the vision encoder's weights
 
 
 def prepare(
@@ -173,18 +177,25 @@ def prepare(
     limit: int | None = None,
     dtype: str = "auto",
     memory: FeatureCache | None = None,
+    say: Callable[[str], None] = silent,
+    warn: Callable[[str], None] = silent,
 ) -> Prepared:
-    """Read the questions and decode their images; `memory` has features that were encoded before.
+    """Read the questions and decode their images.
 
-    The weights of the language model may change between two evaluations. Raises DataError where no question can be
-    measured.
+    `memory` has features that were encoded before; without it, those that a run has left beside the weights are read.
+    `warn` gets the first questions that are skipped. The weights of the language model may change between two
+    evaluations. Raises DataError where no question can be measured.
     """
+    if memory is None:
+        memory = features_beside(loaded.model, loaded.checkpoint.path, dtype, len(rows), say, warn)
     store = memory.store if memory else None
     images = Images(loaded.model, dtype, store)
     plan = plan_questions(rows, chosen.task, limit, _checking(loaded, chosen.task), images.decode)
     guesses = [truth for question in plan.questions for truth in question.truths]
+    for skipped in plan.skipped[:SHOWN]:
+        warn(f"skipped: {skipped}")
     work = Work(rows, plan.sources, guesses, dtype, store)
-    return Prepared(limit, plan, work, images, work.features(images))
+    return Prepared(limit, plan, work, images, work.features(images), _digest(loaded, of_vision=True))
 
 
 def evaluate_task(
@@ -195,15 +206,14 @@ def evaluate_task(
     root: Path = OUT_DIR,
     limit: int | None = None,
     dtype: str = "auto",
-    memory: FeatureCache | None = None,
     progress: Progress = lambda done, total: None,
     models: Sequence[OpenModel] = (),
     note: str = "",
+    say: Callable[[str], None] = silent,
+    warn: Callable[[str], None] = silent,
 ) -> Evaluation:
     """Measure a model: `prepare` its questions, and `measure`."""
-    if out is not None:
-        _keep_others(out)  # before the questions are read
-    prepared = prepare(loaded, chosen, rows, limit, dtype, memory)
+    prepared = prepare(loaded, chosen, rows, limit, dtype, say=say, warn=warn)
     return measure(loaded, chosen, prepared, out, root, progress, models, note)
 
 
@@ -226,12 +236,11 @@ def measure(
     or, unless it `replaces` that, with a finished evaluation of another model, task or data; RunError where it cannot
     be written or a process was killed.
     """
-    if out is not None:
-        _keep_others(out)
+    check_out(out)
     task, plan, work = chosen.task, prepared.plan, prepared.work
     rows, guesses = work.rows, work.guesses
     answer = partial(answer_in_processes, work, models) if models else work.answering(loaded, prepared.features).replies
-    origin = _origin(loaded, guesses, work.dtype)
+    origin = _origin(loaded, guesses, work.dtype, prepared.vision)
     identity = measuring_digest(task, rows.path, rows.split, prepared.limit, origin)
     if out is not None and not replaces:
         _keep_finished(out, identity)
@@ -292,16 +301,23 @@ def _thumbnails(images: Images, rows: RowStore, plan: Plan, sheets: dict[str, li
     return thumbnails
 
 
-def _origin(loaded: LoadedModel, guesses: Sequence[str], dtype: str) -> dict[str, Any]:
-    """What decides the replies to given asks."""
-    weights = hashlib.blake2b(digest_size=8)
+def _digest(loaded: LoadedModel, of_vision: bool) -> str:
+    """A digest of the weights of the vision encoder, which stays the same during a run, or of all others."""
+    digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(loaded.model.state_dict().items()):
-        checksum = crc32(tensor.detach().float().cpu().contiguous().numpy())
-        weights.update(f"{name} {tuple(tensor.shape)} {checksum};".encode())
+        if name.startswith("vision_encoder.") == of_vision:
+            checksum = crc32(tensor.detach().float().cpu().contiguous().numpy())
+            digest.update(f"{name} {tuple(tensor.shape)} {checksum};".encode())
+    return digest.hexdigest()
+
+
+def _origin(loaded: LoadedModel, guesses: Sequence[str], dtype: str, vision: str) -> dict[str, Any]:
+    """What decides the replies to given asks."""
     answers = json.dumps(sorted(Counter(guesses).items())).encode()
     return {
         "version": __version__,
-        "weights": weights.hexdigest(),
+        "weights": _digest(loaded, of_vision=False),
+        "vision": vision,
         "tokenizer": tokenizer_digest(loaded.tokenizer),
         "layout": loaded.tokenizer.layout,
         "answers": hashlib.blake2b(answers, digest_size=8).hexdigest(),
@@ -312,23 +328,21 @@ def _origin(loaded: LoadedModel, guesses: Sequence[str], dtype: str) -> dict[str
     }
 
 
-def _keep_others(out: Path) -> None:
+def check_out(out: Path | None) -> None:
     """Raises UsageError for a file, or a folder with other files than those of an evaluation."""
+    if out is None:
+        return
+    check_folder(out)
     if out.is_dir():
         others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
         if others and PREDICTIONS not in others:
             raise UsageError(f"--out {out} holds {others[0]}, and no evaluation — name another folder")
-    elif out.exists():
-        raise UsageError(f"--out {out} is a file — name a folder")
 
 
 def _keep_finished(out: Path, identity: str) -> None:
     """Raises UsageError for a folder with the finished evaluation of another identity."""
-    try:
-        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if isinstance(report, dict) and report.get("identity") != identity:
+    report = read_notes(out / REPORT)
+    if report and report.get("identity") != identity:
         what = (
             f"{report.get('model')} by {report.get('task')} on {report.get('rows')} questions of {report.get('data')}"
         )

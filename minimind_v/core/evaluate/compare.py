@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minimind_v.core.errors import DataError, MissingInput, UsageError
+from minimind_v.core.errors import DataError, MissingInput, UsageError, shorten
 from minimind_v.core.evaluate.ask import SEEN
 from minimind_v.core.evaluate.results import PREDICTIONS, Line, clusters_of, metrics_for, rows_of
 from minimind_v.core.evaluate.statistics import Estimate, Metric, difference, rows_to_see, seeds_difference
 from minimind_v.core.evaluate.tasks import TASKS
+from minimind_v.core.files import bounded_lines
 from minimind_v.core.rows.row import parse_json
 
 NEEDED = ("id", "score")  # keys of a prediction
+LONGEST, MOST_BYTES = 16 << 20, 4 << 30  # bytes of a report or a line of predictions, and of a file of these
 MOST = 1e15  # of a score or a sum: squares of larger ones lose the digits of others
 
 
@@ -34,16 +38,13 @@ def read_predictions(path: Path) -> Predictions:
     Raises MissingInput or DataError.
     """
     file = path / PREDICTIONS if path.is_dir() else path
-    if not file.is_file():
-        raise MissingInput(f"no predictions at {file} — `mmv eval --task` writes them")
     lines = _lines(file)
-    if len(lines) == 1 and isinstance(named := next(iter(lines.values())).get("predictions"), str):  # a report
-        file = Path(named) if Path(named).is_file() else file.parent / Path(named).name
-        if not file.is_file():
-            raise MissingInput(f"no predictions at {file}, which {path} names — `mmv eval --task` writes them")
-        lines = _lines(file)
+    first = list(islice(lines, 1))
+    if first and isinstance(named := first[0][1].get("predictions"), str):  # a report
+        file = Path(named) if os.path.isfile(named) else file.parent / Path(named).name
+        first, lines = [], _lines(file, f", which {path} names")
     with_image: dict[str, Line] = {}
-    for number, line in lines.items():
+    for number, line in chain(first, lines):
         _check(line, f"{file}:{number}: ")
         if str(line.get("variant") or SEEN) == SEEN:
             if str(line["id"]) in with_image:
@@ -54,19 +55,40 @@ def read_predictions(path: Path) -> Predictions:
     return Predictions(file, with_image)
 
 
-def _lines(file: Path) -> dict[int, Line]:
-    """The objects in a file by the numbers of their lines; a report is one, on one line or several."""
+def _lines(file: Path, note: str = "") -> Iterator[tuple[int, Line]]:
+    """The objects in a file with the numbers of their lines; a report is one, on one line or several.
+
+    `note` says who names the file.
+    """
+    if not os.path.isfile(file):  # unlike Path.is_file, for any text
+        what = "a pipe, a socket or a device is" if os.path.exists(file) else "no predictions"
+        raise MissingInput(f"{what} at {shorten(str(file))}{note} — `mmv eval --task` writes predictions to a file")
     try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise DataError(f"{file}: the text is not UTF-8 — name the predictions of `mmv eval --task`") from None
+        if file.stat().st_size > MOST_BYTES:
+            raise DataError(f"{file}: larger than {MOST_BYTES:,} bytes — name the predictions of `mmv eval --task`")
+        if file.suffix == ".json":
+            with file.open("rb") as report:
+                text = report.read(LONGEST + 1)
+            lines: Iterable[bytes | None] = [text if len(text) <= LONGEST else None]
+        else:
+            lines = bounded_lines(file, LONGEST)
+        for number, line in enumerate(lines, 1):
+            if line is None:
+                raise DataError(f"{file}:{number}: longer than {LONGEST:,} bytes, and no prediction")
+            if line.strip():
+                yield number, _object(line, f"{file}:{number}: ")
     except OSError as error:
         raise MissingInput(f"{file} cannot be read ({error.strerror})") from None
-    texts = [text] if file.suffix == ".json" else text.split("\n")  # other line separators may be in an answer
-    lines = {number: parse_json(own, f"{file}:{number}: ") for number, own in enumerate(texts, 1) if own.strip()}
-    if wrong := [number for number, line in lines.items() if not isinstance(line, dict)]:
-        raise DataError(f"{file}:{wrong[0]}: not a JSON object")
-    return lines
+
+
+def _object(line: bytes, at: str) -> Line:
+    try:
+        value = parse_json(line.decode(), at)
+    except UnicodeDecodeError:
+        raise DataError(f"{at}the text is not UTF-8 — name the predictions of `mmv eval --task`") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{at}not a JSON object")
+    return value
 
 
 def _check(line: Line, at: str) -> None:

@@ -43,6 +43,7 @@ class Plan:
     """The questions that are measured, and their images."""
 
     questions: list[Question] = field(default_factory=list)
+    available: int = 0  # questions of the task in all rows
     skipped: list[BrokenRow] = field(default_factory=list)
     images: dict[str, tuple[str, ...]] = field(default_factory=dict)  # question → digests of its images
     sources: dict[str, Source] = field(default_factory=dict)  # by digest
@@ -75,6 +76,7 @@ def plan_questions(
     """
     plan = Plan()
     questions = list(_read_questions(rows, task, plan))
+    plan.available = len(questions)
     for question in _stratified(questions, limit):
         try:
             check(question)

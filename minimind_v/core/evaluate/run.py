@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from minimind_v.core.data.loader import BatchPlan, load_batches
 from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import DataError
+from minimind_v.core.evaluate.ask import perplexity
 from minimind_v.core.evaluate.forward import Answer, BatchLosses, batch_losses
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.rows.row import RowStore
@@ -46,7 +46,7 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 50.0))
+        return float(perplexity(self.loss))
 
     @property
     def _judged(self) -> list[bool]:

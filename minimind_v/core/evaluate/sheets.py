@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,14 @@ from minimind_v.core.errors import DataError
 from minimind_v.core.evaluate.ask import BLANK, SEEN
 from minimind_v.core.evaluate.results import Line, by_variant
 from minimind_v.core.evaluate.tasks import TASKS
-from minimind_v.core.files import as_json, write_text
+from minimind_v.core.files import as_json, bounded_lines, write_text
 from minimind_v.core.rows.row import parse_json
 
 CARDS = 9  # of a sheet
 THUMBNAILS = "thumbnails.jsonl"  # in the folder of an evaluation
 MOST_IMAGES, OF_QUESTION = 1000, 4  # that have a thumbnail; images of a question at most
 SIDE = 112  # pixels of a thumbnail
+LONGEST = 1 << 18  # bytes of a line of thumbnails, which usually has some 10,000
 FLAT = 1e-9  # a score this near to the mean is neither better nor worse
 
 Thumbnails = Mapping[str, Sequence[bytes]]  # the `picture` of predictions → JPEG files
@@ -87,9 +89,11 @@ def write_thumbnails(folder: Path, thumbnails: Thumbnails) -> None:
 def read_thumbnails(folder: Path) -> dict[str, list[bytes]]:
     """The thumbnails in the folder of an evaluation; what cannot be read has none."""
     thumbnails: dict[str, list[bytes]] = {}
-    with suppress(OSError, UnicodeDecodeError):
-        for line in (folder / THUMBNAILS).read_text(encoding="utf-8").split("\n"):
+    path = folder / THUMBNAILS
+    with suppress(OSError):
+        lines = bounded_lines(path, LONGEST) if path.stat().st_size <= MOST_IMAGES * LONGEST else iter(())
+        for line in islice(lines, MOST_IMAGES):
             with suppress(DataError, KeyError, TypeError, ValueError):
-                own = parse_json(line, "")
+                own = parse_json(line or b"")
                 thumbnails[str(own["picture"])] = [base64.b64decode(text, validate=True) for text in own["jpeg"]]
     return thumbnails

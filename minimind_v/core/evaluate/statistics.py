@@ -3,8 +3,9 @@
 Questions about one image are not independent, so an image is the unit that is drawn: a cluster. A metric is a function
 of sums over rows, so that it is also known without any one cluster; these changes give its variance. The variance has
 the correction CR2 and the degrees of freedom of Bell and McCaffrey (2002), the smaller of those for independent and
-for equal rows of a cluster. A share has Wilson's interval for the number of independent rows with the same variance;
-any other metric has Student's t with Hall's correction for skewness (1992), which is none for symmetric data.
+for equal rows of a cluster. A share, or a growing function of one, has Wilson's interval for the number of independent
+rows with the same variance, and a paired difference of shares that of Bonett and Price (2012). Any other metric has
+Student's t with Hall's correction for skewness (1992), which is none for symmetric data.
 """
 
 from __future__ import annotations
@@ -38,15 +39,16 @@ def ratio(sums: Array) -> Array:
 class Metric:
     """A function of sums over rows. The last sum is that of the rows' weights.
 
-    `is_share`: a ratio of which no row has a numerator below 0 or above its weight. `link` is a growing function that
-    turns the value, and both ends of its interval, into what is reported (the exponential: a loss into a perplexity).
+    `is_share`: a ratio of which no row has a numerator below 0 or above its weight. `link` is a growing function of
+    numbers and arrays that turns the value, and both ends of its interval, into what is reported (the exponential: a
+    loss into a perplexity).
     """
 
     name: str
     value: Callable[[Array], Array] = ratio  # sums [..., k] → values [...]
     is_share: bool = True
     bounds: tuple[float, float] = (-np.inf, np.inf)  # that no value can leave; those of a share are 0 and 1
-    link: Callable[[float], float] | None = None
+    link: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,14 @@ def cluster_sums(rows: Array, clusters: Sequence[str]) -> Array:
     return sums
 
 
-def influences(metric: Metric, rows: Array, clusters: Sequence[str]) -> Influences:
-    """The value of a metric and its dependence on each cluster; rows [n, k] are the statistics of each row."""
+def influences(metric: Metric, rows: Array, clusters: Sequence[str] | None) -> Influences:
+    """The value of a metric and its dependence on each cluster; rows [n, k] are the statistics of each row.
+
+    None: each row is a cluster.
+    """
     is_binary = bool(((rows[:, 0] == 0) | (rows[:, 0] == rows[:, -1])).all())
-    return _influences(metric, cluster_sums(rows, clusters), int((rows[:, -1] > 0).sum()), is_binary)
+    sums = rows if clusters is None else cluster_sums(rows, clusters)
+    return _influences(metric, sums, int((rows[:, -1] > 0).sum()), is_binary)
 
 
 def _influences(metric: Metric, sums: Array, n: int, is_binary: bool) -> Influences:
@@ -168,11 +174,14 @@ def difference(metric: Metric, first: Array, second: Array, clusters: Sequence[s
     first, second = np.asarray(first, float), np.asarray(second, float)
     state = _paired(metric, [first], [second], clusters)
     plain = _with_interval(metric.name, state, tests=True)
-    equal_weights = bool((first[:, -1] == second[:, -1]).all())
-    if metric.is_share and plain.low is not None and equal_weights:
+    if not metric.is_share or plain.low is None:
+        return _difference_within(metric, plain, state)
+    if (first[:, -1] == second[:, -1]).all():
         squares = ((second[:, 0] - first[:, 0]) ** 2).sum() / max(second[:, -1].sum(), 1.0)
-        return _share_difference(plain, state, float(squares))
-    return _difference_within(metric, plain, state)
+    else:  # of rows that would give this variance were they independent
+        alone = state if len(state.shares) == len(first) else _paired(metric, [first], [second], None)
+        squares = alone.variance / (alone.shares**2).sum() + state.value**2
+    return _share_difference(plain, state, float(squares))
 
 
 def _within(plain: Estimate, lowest: float, highest: float) -> Estimate:
@@ -193,11 +202,13 @@ def _is_flat(error: float, value: float) -> bool:
     return error < FLAT * max(1.0, abs(value))
 
 
-def _paired(metric: Metric, first: Sequence[Array], second: Sequence[Array], clusters: Sequence[str]) -> Influences:
+def _paired(
+    metric: Metric, first: Sequence[Array], second: Sequence[Array], clusters: Sequence[str] | None
+) -> Influences:
     """The influences on the difference of two metrics' means over runs."""
     linked = metric
     if (link := metric.link) is not None:
-        linked = replace(metric, value=lambda sums: np.vectorize(link)(metric.value(sums)))
+        linked = replace(metric, value=lambda sums: link(metric.value(sums)))
     states = [[influences(linked, rows, clusters) for rows in runs] for runs in (first, second)]
     means = [np.mean([state.value for state in side]) for side in states]
     changes = [np.mean([state.changes for state in side], axis=0) for side in states]
@@ -272,8 +283,8 @@ def _share_difference(plain: Estimate, state: Influences, squares: float) -> Est
 def _linked(metric: Metric, plain: Estimate) -> Estimate:
     if (link := metric.link) is None:
         return plain
-    low, high = (None if end is None else link(end) for end in (plain.low, plain.high))
-    return replace(plain, value=link(plain.value), low=low, high=high, error=None)
+    low, high = (None if end is None else float(link(end)) for end in (plain.low, plain.high))
+    return replace(plain, value=float(link(plain.value)), low=low, high=high, error=None)
 
 
 def bootstrap(metric: Metric, rows: Array, clusters: Sequence[str], seed: int = 0) -> tuple[float, float] | None:
@@ -290,7 +301,7 @@ def bootstrap(metric: Metric, rows: Array, clusters: Sequence[str], seed: int = 
         return None
     low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     if metric.link is not None:
-        low, high = metric.link(float(low)), metric.link(float(high))
+        low, high = metric.link(low), metric.link(high)
     return float(low), float(high)
 
 
@@ -334,7 +345,7 @@ def seeds_difference(
     plain = _with_interval(metric.name, state, tests=True)
     sides = [[float(influences(metric, rows, clusters).value) for rows in side] for side in (first, second)]
     if metric.link is not None:
-        sides = [[metric.link(value) for value in side] for side in sides]
+        sides = [[float(metric.link(value)) for value in side] for side in sides]
     spread = SeedSpread(*sides)
     usable = [deviation for deviation in spread.deviations if deviation is not None]
     if not usable or plain.error is None or plain.degrees is None:

@@ -17,7 +17,7 @@ from minimind_v.core.export.prove.report import Report
 from minimind_v.core.export.targets import TARGETS
 from minimind_v.core.files import in_use, only_writer, read_notes, sweep, umask, write_text
 from minimind_v.core.formats.request import ExportFacts, ExportRequest
-from minimind_v.core.outputs import check_weights
+from minimind_v.core.outputs import check_folder, check_weights
 from minimind_v.core.version import __version__
 
 MANIFEST = "mmv_export.json"  # the format and the source of a folder, and the files that mmv wrote
@@ -70,10 +70,9 @@ def _refuse_to_replace(request: ExportRequest, out: Path, overwrite: bool) -> No
     sources = [path.resolve() for path in (request.model, request.vision_model, request.tokenizer) if path]
     if any(out == source or out in source.parents for source in sources):
         raise UsageError(f"--out {out} contains the source — name another --out")
+    check_folder(out)
     if not out.exists():
         return
-    if not out.is_dir():
-        raise UsageError(f"--out {out} is a file — name a folder with --out")
     home = Path(os.path.expanduser("~"))  # unlike Path.home, this works without a home
     if out == home or out == Path.cwd() or out in Path.cwd().parents:
         raise UsageError(f"--out {out} is not usable as an output folder — name a new folder")

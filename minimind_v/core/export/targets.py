@@ -12,6 +12,7 @@ from pathlib import Path
 
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.export.prove.worker import Worker
+from minimind_v.core.extensions import Table
 from minimind_v.core.formats.request import ExportFacts, ExportRequest
 
 
@@ -63,9 +64,11 @@ def _to_weights(request: ExportRequest, path: Path, check: bool) -> tuple[Export
     return write_weights(request, path)  # always proves it: reading a file is quick
 
 
-TARGETS = {
-    "hf": Target("a folder for transformers", _to_hf),
-    "gguf": Target("a folder for llama.cpp and Ollama", _to_gguf, quantizes=True),
-    "safetensors": Target("a file of the weights", _to_weights, ".safetensors"),
-    "pth": Target("a file of the weights, as published", _to_weights, ".pth"),
-}
+TARGETS = Table(
+    {
+        "hf": Target("a folder for transformers", _to_hf),
+        "gguf": Target("a folder for llama.cpp and Ollama", _to_gguf, quantizes=True),
+        "safetensors": Target("a file of the weights", _to_weights, ".safetensors"),
+        "pth": Target("a file of the weights, as published", _to_weights, ".pth"),
+    }
+)

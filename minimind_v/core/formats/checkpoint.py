@@ -79,9 +79,11 @@ class Checkpoint:
 
     @property
     def vision_width(self) -> int | None:
-        """Width of the features its projector takes; None for a text-only base."""
+        """Width of the features its projector takes; None for a text-only base, or where nothing says it."""
         kind = PROJECTORS.get(self.projector or "")
-        return kind.vision_width(self.tensors) if kind else None
+        if kind:
+            return kind.vision_width(self.tensors)
+        return self.vision.width if self.vision else None
 
     @property
     def parameters(self) -> int:
@@ -124,7 +126,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         tensors, described = read_tensors(path)
         meta = _parse_meta(path, described[META]) if META in described else _read_beside(path)
     tensors = _unwrap(path, tensors)
-    check_weights(path, tensors, bool(meta), recognise_projector(tensors) not in (None, LINEAR))
+    projector = described_projector(path, meta, tensors)  # what a description says outweighs a guess from shapes
+    check_weights(path, tensors, bool(meta), bool(projector) or recognise_projector(tensors) not in (None, LINEAR))
     ignored = sorted(name for name in tensors if name.startswith(VISION) or _OLD_BUFFERS.search(name))
     for name in ignored:
         del tensors[name]
@@ -135,7 +138,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     stage = meta.get("stage")
     stage = stage if stage and isinstance(stage, str) else _stage_of(path, tensors)
     companions = read_record(meta[RECORD], path.parent) if RECORD in meta else of_the_run(path, shaped_sizes(config))
-    vision, projector = described_vision(path, meta), described_projector(path, meta, tensors)
+    vision, projector = described_vision(path, meta), projector or recognise_projector(tensors)
     return Checkpoint(path, tensors, config, stage, ignored, not meta, companions, vision, projector)
 
 

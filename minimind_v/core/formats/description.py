@@ -138,13 +138,15 @@ def described_vision(path: Path, meta: dict[str, Any]) -> VisionSpec | None:
 
 
 def described_projector(path: Path, meta: dict[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
-    """The described projector, else that of the tensors. Raises WeightsError where they differ."""
-    recognised, described = recognise_projector(tensors), object_in(meta, "projector").get("type")
+    """The described projector, None without one. Raises WeightsError where the tensors are not of that kind."""
+    described = object_in(meta, "projector").get("type")
     if not isinstance(described, str) or not any(name.startswith(PREFIX) for name in tensors):
-        return recognised
-    if described in PROJECTORS and recognised and PROJECTORS[described].vision_width(tensors) is None:
-        raise WeightsError(f"{path}: its description names the projector {described!r}, its tensors are those of "
-                           f"{recognised!r} — {_OTHER_FILE}")  # fmt: skip
+        return None
+    if described in PROJECTORS and PROJECTORS[described].vision_width(tensors) is None:
+        recognised = recognise_projector(tensors)
+        kind = f"of {recognised!r}" if recognised else f"of another kind, none of {', '.join(PROJECTORS)}"
+        raise WeightsError(f"{path}: its description names the projector {described!r}, its tensors are those "
+                           f"{kind} — {_OTHER_FILE}")  # fmt: skip
     return described
 
 

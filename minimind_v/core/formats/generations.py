@@ -65,22 +65,31 @@ def check_base(path: Path, weights: TextConfig, model: TextConfig) -> None:
         )
 
 
-def open_spec(folder: Path, generation: Generation, weights: Path | None, standard: str | None = None) -> VisionSpec:
+def open_spec(
+    folder: Path,
+    generation: Generation,
+    weights: Path | None,
+    standard: str | None = None,
+    preset: str | None = None,
+) -> VisionSpec:
     """The spec of a folder's tower, which must be of the generation of the weights or the run; else `check_tower`.
 
-    Raises as `read_vision_spec`.
+    Raises as `read_vision_spec`, with the download of `preset`, else of the generation.
     """
-    spec = read_vision_spec(folder, standard, generation.preset)
+    spec = read_vision_spec(folder, standard, preset or generation.preset)
     check_tower(folder, spec, generation, weights)
     return spec
 
 
-def open_tokenizer(folder: Path, layout: str | None, generation: Generation, weights: Path | None) -> Tokenizer:
+def open_tokenizer(
+    folder: Path, layout: str | None, generation: Generation, weights: Path | None, preset: str | None = None
+) -> Tokenizer:
     """The tokenizer in a folder, which must be of the generation of the weights or the run; else `check_tokenizer`.
 
-    Raises as `Tokenizer.load`. Without `layout` it has the one that its tokens are made for.
+    Raises as `Tokenizer.load`, with the download of `preset`, else of the generation. Without `layout` it has the one
+    that its tokens are made for.
     """
-    tokenizer = Tokenizer.load(folder, preset=generation.preset)
+    tokenizer = Tokenizer.load(folder, preset=preset or generation.preset)
     check_tokenizer(tokenizer, folder, generation, weights)
     return tokenizer if layout in (None, tokenizer.layout) else Tokenizer.load(folder, layout)
 

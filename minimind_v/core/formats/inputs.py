@@ -7,16 +7,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from minimind_v.core.config.generation import V2025, V2026, generation_of
-from minimind_v.core.config.presets import name_preset, weights_name
+from minimind_v.core.config.presets import PRESETS, name_preset, weights_name
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.config.settings import is_settings, read_settings
 from minimind_v.core.data.tokenizer import find_tokenizer
 from minimind_v.core.errors import MissingInput, MmvError, open_all
 from minimind_v.core.formats.generations import open_spec, open_tokenizer
+from minimind_v.core.formats.inventory import preset_at
 from minimind_v.core.hub.sources import how_to_get, how_to_pretrain, latest_model, weights_at
 from minimind_v.core.model.vision.spec import read_tower_config
-from minimind_v.core.paths import OUT_DIR
+from minimind_v.core.paths import OUT_DIR, STANDARD_PRESET
 from minimind_v.core.rows.pictures import find_pictures
 from minimind_v.core.rows.stores import find_rows
 
@@ -24,12 +25,12 @@ from minimind_v.core.rows.stores import find_rows
 def find_inputs(config: RunConfig) -> None:
     """Raises one MissingInput for all missing inputs of a run, WeightsError for a mix of generations, or UsageError."""
     config.check_evaluation()
-    generation, init = generation_of(config.model), config.init
+    generation, init, preset = generation_of(config.model), config.init, name_preset(config.model)
     weights = weights_at(init) if init and init != NO_INIT and init.exists() else None
     try:
         open_all(
-            lambda: open_spec(config.vision_model, generation, weights),
-            lambda: open_tokenizer(config.data.tokenizer, config.data.layout, generation, weights),
+            lambda: open_spec(config.vision_model, generation, weights, preset=preset),
+            lambda: open_tokenizer(config.data.tokenizer, config.data.layout, generation, weights, preset),
             lambda: find_rows(config.data.file),
             lambda: find_pictures(config.data.images),
             lambda: find_init(config),
@@ -59,10 +60,22 @@ def find_init(config: RunConfig) -> Path | None:
     try:
         return weights_at(config.init)
     except MissingInput as error:
-        size = name_preset(config.model) or generation_of(config.model).preset
+        missing, size = str(error), name_preset(config.model) or generation_of(config.model).preset
         from_base = config.stage == "pretrain" or config.init.name == weights_name("lm", config.model)
         step = how_to_get("lm", config.init.parent, size) if from_base else f"run `{how_to_pretrain(size)}`"
-        raise MissingInput(f"{error} to start from — {step}, or name a file with --init") from None
+        if near := weights_of_other_size(config):
+            missing = f"no weights at {config.init}"
+            step = f"for {near} add --preset {preset_at(near)}; for preset {size} {step}"
+        raise MissingInput(f"{missing} to start from — {step}, or name a file with --init") from None
+
+
+def weights_of_other_size(config: RunConfig) -> Path | None:
+    """The weights of another preset where those that a run of the standard one starts from are missing."""
+    if config.init is None or config.init.exists() or name_preset(config.model) != STANDARD_PRESET:
+        return None
+    stages = [stage for stage in ("lm", "pretrain", "sft") if config.init.name == weights_name(stage, config.model)]
+    names = {weights_name(stage, model) for stage in stages for model in PRESETS.values()}
+    return next((path for path in map(config.init.with_name, sorted(names)) if path.is_file()), None)
 
 
 def find_model(

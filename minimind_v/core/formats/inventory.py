@@ -35,7 +35,7 @@ class Entry:
     steps: int | None  # so far; None for weights and exports
     total_steps: int | None
     loss: float | None  # of the last logged step
-    modified: str  # ISO 8601, of the newest file
+    modified: str  # ISO 8601: of a run when it last logged a step, else of the newest file
     bytes: int
     damage: str = ""  # why it cannot be read
 
@@ -55,14 +55,20 @@ def list_runs(folder: Path) -> list[Entry]:
     return sorted(entries, key=lambda entry: (entry.modified, entry.name), reverse=True)
 
 
+def preset_at(weights: Path) -> str:
+    """The preset of weights, or several, or their sizes."""
+    return _stage_and_model(weights.name, _describe(weights)[0])[1]
+
+
 def _run(folder: Path, name: str, paths: dict[str, Path]) -> Entry:
     """A run: its folder, and the weights of the same name beside it."""
     weights = [paths[name + ending] for ending in WEIGHTS_ENDINGS if name + ending in paths]
     last, damage = _last_step(folder / name / "metrics.jsonl")
     notes, broken = _describe(weights[0]) if weights else ({}, "")
     steps, total, loss = (last.get(key) for key in ("step", "steps", "loss"))
-    return Entry(name, "run", *_stage_and_model(name, notes), steps, total, loss,
-                 *_date_and_size([folder / name, *weights, folder / f"{name}.json"]), damage or broken)  # fmt: skip
+    logged, _ = _date_and_size([folder / name / "metrics.jsonl"])  # a report is written later, too
+    _, size = _date_and_size([folder / name, *weights, folder / f"{name}.json"])
+    return Entry(name, "run", *_stage_and_model(name, notes), steps, total, loss, logged, size, damage or broken)
 
 
 def _weights(path: Path) -> Entry:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from minimind_v.core.errors import RunError, WeightsError
 from minimind_v.core.formats.torch_files import MOST_TENSORS, check_torch_file
+from minimind_v.core.hub.sources import ROWS, WEIGHTS_ENDINGS
+from minimind_v.core.rows.row import PICTURE_BEGINNINGS
 
 _WRAPPERS = ("model_state_dict", "state_dict", "model")  # keys under which other programs keep the weights
 _MOST_HEADER = 8 << 20  # bytes of the names and sizes of a safetensors file
@@ -51,6 +53,14 @@ def _sniff(path: Path) -> str:
         raise WeightsError(
             f"{path}: this is a git-lfs pointer, not the weights — run `git lfs pull`, or `mmv download`"
         )
+    if head.startswith(PICTURE_BEGINNINGS):
+        raise WeightsError(f"{path}: this is an image file, not weights — give it with --image")
+    if path.name.endswith(ROWS):
+        weights = next((beside for end in WEIGHTS_ENDINGS if (beside := path.with_suffix(end)).is_file()), None)
+        raise WeightsError(
+            f"{path}: this describes the weights in {weights} — give that file"
+            if weights else f"{path}: this is a data file, not weights — name weights here, and data with --data"
+        )  # fmt: skip
     raise WeightsError(f"{path}: neither a torch nor a safetensors file — download it again")
 
 

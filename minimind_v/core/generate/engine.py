@@ -31,6 +31,7 @@ from minimind_v.core.generate.rows import Draw, Drawn, Row, Rows
 from minimind_v.core.generate.slots import MOST_ROWS
 from minimind_v.core.model.kernels.cpu_linear import FEW
 from minimind_v.core.model.vlm import VLM
+from minimind_v.core.wording import plural
 
 CONTEXT = 4096  # tokens of a conversation; the published models were trained on at most 1536
 IDLE = 0.1  # seconds after which an idle engine sees that it must stop
@@ -128,7 +129,7 @@ class Engine:
         """
         turns = self.processor.prompts.turns(messages, think)
         if (marks := sum(turn.images for turn in turns)) != len(images):
-            raise UsageError(f"the messages have {marks} <image> marks for {len(images)} images")
+            raise UsageError(f"the messages have {plural(marks, '<image> mark')} for {plural(len(images), 'image')}")
         return self.crop(turns, [self.processor.pixels(image) for image in images], max_new_tokens)
 
     def crop(self, turns: Sequence[Tokens], images: Sequence[np.ndarray], max_new_tokens: int) -> Prompt:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from threading import Lock
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -30,10 +31,13 @@ SIZE = 16  # bytes of a digest
 
 
 class Store:
-    """Tensors by the digest of what they follow from. Beyond `limit` bytes the least recently used are dropped."""
+    """Tensors by the digest of what they follow from. Beyond `limit` bytes the least recently used are dropped.
+
+    From any thread: an answer may be looked into beside the engine.
+    """
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.size = limit, 0
+        self.limit, self.size, self._lock = limit, 0, Lock()
         self._tensors: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def __contains__(self, key: bytes) -> bool:
@@ -44,16 +48,19 @@ class Store:
 
     def get(self, key: bytes) -> Tensor | None:
         """The tensor of this key, which is used now; None without one."""
-        if key in self._tensors:
-            self._tensors.move_to_end(key)
-        return self._tensors.get(key)
+        with self._lock:
+            if key in self._tensors:
+                self._tensors.move_to_end(key)
+            return self._tensors.get(key)
 
     def add(self, key: bytes, tensor: Tensor) -> None:
-        """Keep a tensor of a new key."""
-        self._tensors[key] = tensor
-        self.size += tensor.nbytes
-        while self.size > self.limit:
-            self.size -= self._tensors.popitem(last=False)[1].nbytes
+        """Keep a tensor, unless one of this key is kept."""
+        with self._lock:
+            if key not in self._tensors:
+                self._tensors[key] = tensor
+                self.size += tensor.nbytes
+            while self.size > self.limit:
+                self.size -= self._tensors.popitem(last=False)[1].nbytes
 
 
 class PromptCache:
@@ -74,8 +81,8 @@ class PromptCache:
         return image_digest(image) in self.images
 
     @torch.inference_mode()
-    def embed(self, model: VLM, image: EncodedImage) -> Tensor:
-        """The embeddings [P, D] of an image, which is encoded unless they are kept. Raises UsageError."""
+    def embed(self, model: VLM, image: EncodedImage, keep: bool = True) -> Tensor:
+        """The embeddings [P, D] of an image, encoded unless they are kept. From any thread. Raises UsageError."""
         key = image_digest(image)
         if (embeddings := self.images.get(key)) is not None:
             return embeddings
@@ -87,7 +94,8 @@ class PromptCache:
             features = model.vision_encoder(torch.from_numpy(np.stack([image])).to(model.device))
         dtype = model.lm_head.weight.dtype
         embeddings = model.vision_proj(features.to(model.device, dtype)).to(dtype)[0]
-        self.images.add(key, embeddings)
+        if keep:
+            self.images.add(key, embeddings)
         return embeddings
 
     def recall(self, digests: Sequence[bytes], cache: KVCache) -> int:
@@ -132,6 +140,7 @@ def block_digests(input_ids: list[int], image_mask: list[bool], images: Sequence
 
 # --- one per model ----------------------------------------------------------------------------------------------------
 
+_MAKING = Lock()
 _READY: WeakKeyDictionary[nn.Module, tuple[object, PromptCache]] = WeakKeyDictionary()
 
 
@@ -139,7 +148,8 @@ def ready(model: VLM) -> PromptCache:
     """The caches of a model, made again only after its weights have changed."""
     weights = [*model.model.parameters(), *model.vision_proj.parameters()]
     state = id(model.vision_encoder), state_of(weights)
-    entry = _READY.get(model)
-    if entry is None or entry[0] != state:
-        entry = _READY[model] = state, PromptCache(model)
-    return entry[1]
+    with _MAKING:
+        entry = _READY.get(model)
+        if entry is None or entry[0] != state:
+            entry = _READY[model] = state, PromptCache(model)
+        return entry[1]

@@ -23,7 +23,7 @@ class Sampler:
         self.sampling = sampling
         self.generator = torch.Generator()
         if sampling.seed is not None:
-            self.generator.manual_seed(int(sampling.seed))  # numpy's, too
+            self.generator.manual_seed(int(sampling.seed))
         else:
             self.generator.seed()
         self._points: deque[float] = deque()

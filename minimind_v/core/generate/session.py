@@ -17,8 +17,8 @@ from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.engine import CONTEXT, Engine, Event, Prompt, Request
 from minimind_v.core.generate.prompt_cache import ready
 from minimind_v.core.generate.sampling import Sampler, Sampling
+from minimind_v.core.generate.settings import check_system
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.rows.row import IMAGE_MARK
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ class Session:
 
     def restart(self, system: str | None = None) -> None:
         """Forget the conversation. Raises UsageError for a system prompt with an image mark."""
-        if system is not None and IMAGE_MARK in system:
-            raise UsageError(f"{IMAGE_MARK} in the system prompt: only a question has images")
+        check_system(system)
         self.system = system
         self.turns: list[Tokens] = []  # the opening, and each question with its answer
         self.images: list[np.ndarray] = []

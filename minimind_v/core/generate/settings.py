@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from minimind_v.core.arguments import check_arguments
 from minimind_v.core.errors import UsageError
+from minimind_v.core.rows.row import IMAGE_MARK
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Sampling:
     repetition_penalty: float = 1.0  # divides the odds of tokens that the text has already (Keskar et al., 2019)
 
     def __post_init__(self) -> None:
+        check_arguments(Sampling, vars(self))
         if not self.temperature >= 0:
             raise UsageError(f"temperature must be at least 0, not {self.temperature:g}")
         if not 0 < self.top_p <= 1:
@@ -31,6 +34,12 @@ class Sampling:
             raise UsageError(f"min_p must be at least 0 and at most 1, not {self.min_p:g}")
         if not 0 < self.repetition_penalty < float("inf"):
             raise UsageError(f"repetition_penalty must be above 0, not {self.repetition_penalty:g}")
+
+
+def check_system(system: str | None) -> None:
+    """Raises UsageError for a system prompt with an image mark."""
+    if system is not None and IMAGE_MARK in system:
+        raise UsageError(f"{IMAGE_MARK} in the system prompt: only a question has images")
 
 
 GREEDY = Sampling(temperature=0.0)

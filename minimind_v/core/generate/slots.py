@@ -6,6 +6,7 @@ and receives a token of each. Slots, columns and recordings stay when rows leave
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 
 from minimind_v.core.config.schema import TextConfig
-from minimind_v.core.generate.cuda_graph import Recordings
+from minimind_v.core.cuda_graph import CudaGraphs
 from minimind_v.core.generate.sampling import Sampling, draw_tokens
 from minimind_v.core.model.kv_cache import KVCache
 
 SPAN = 256  # the fewest columns of a step
 MOST_ROWS = 64  # that one step decodes on a GPU
+CLOSE = 0.02  # of the logits: a replay that differs more is wrong
 
 # The number of a layer, queries [B, T, heads, hd], keys and values [B, KV, T, hd] → what is attended to [B·T, D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -55,7 +57,8 @@ class Slots:
         """`embed` and `attend` are those of the model: its embedding, and `ops.attention`."""
         self.config, self.device, self.dtype, self.embed, self.attend = config, device, dtype, embed, attend
         self.rows: list[object] = []
-        self.recordings = Recordings(device)
+        warn = partial(warnings.warn, category=RuntimeWarning, stacklevel=8)
+        self.graphs = CudaGraphs(device, "answers are decoded", warn, CLOSE)
         self._allocate(1, SPAN)
 
     def _allocate(self, rows: int, span: int) -> None:
@@ -70,7 +73,7 @@ class Slots:
         columns = torch.arange(span, device=device)
         self.cache, self.in_text, self.logits, self.tokens = cache, in_text, logits, tokens
         self.numbers, self._sent, self._columns = numbers, sent, columns
-        self.recordings.clear()
+        self.graphs.clear()
 
     @property
     def room(self) -> tuple[int, int]:
@@ -121,7 +124,7 @@ class Slots:
         if rows > MOST_ROWS:
             work()
         else:
-            self.recordings.run((rows, span, samples), work, self.logits[:rows])
+            self.graphs.run((rows, span, samples), work, [self.logits[:rows]])
         return self.tokens[: len(numbers)].tolist()
 
     def _work(self, decode: Decode, rows: int, span: int, samples: bool) -> None:

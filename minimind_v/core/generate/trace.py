@@ -10,34 +10,33 @@ before it, each token has a probability p and the information −log₂ p, in bi
 
 from __future__ import annotations
 
-import base64
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minimind_v.core.data.images import blank_pixels, encode_png
+from minimind_v.core.data.images import blank_pixels
 from minimind_v.core.data.thinking import TAGS
 from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.detokenize import TextStream
 from minimind_v.core.generate.engine import Engine, Prompt, Request
-from minimind_v.core.generate.inside import Inside, Vocabulary, Word, trace_pass
+from minimind_v.core.generate.inside import Inside, Vocabulary, trace_pass
+from minimind_v.core.generate.prompt_cache import ready
 from minimind_v.core.generate.sampling import GREEDY, Sampler
+from minimind_v.core.generate.traced import Trace, TracedImage, TracedPatch, TracedToken, Variant
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.rows.cells import data_uri
 
 RIVALS = 5  # likeliest tokens besides an answer's own
 WORDS = 5  # nearest to a patch
 MOST_BLOCKS = 64  # of an image's occlusion map; a finer grid is painted in blocks of several patches
 MOST_TOKENS = 1024  # of an answer: its attention has 12 kB per token in the small preset
 BATCH_TOKENS = 4096  # of variants that go through the language model together
-BATCH_IMAGES = 8  # that are encoded together
+BATCH_BLOCKS = 8  # painted blocks that are measured together
 
 Patches = Sequence[tuple[int, int]]  # image and patch of that image, from 0, row by row
 
@@ -57,140 +56,36 @@ class TraceSettings:
             raise UsageError("the answer is empty — give a text, or leave it out for the model's own")
 
 
-@dataclass(frozen=True)
-class TracedToken:
-    """A token of the answer."""
-
-    text: str
-    probability: float
-    bits: float  # −log₂ of the probability
-    bits_blank: float  # the same with blank images
-    rivals: list[Word]  # the likeliest other tokens and their probabilities
-
-    @property
-    def gain(self) -> float:
-        """The bits that the images give: how much less surprising they make the token."""
-        return self.bits_blank - self.bits
-
-
-@dataclass(frozen=True)
-class TracedImage:
-    """An image as the model received it, and its grid of patches."""
-
-    pixels: np.ndarray  # uint8 [3, S, S]
-    rows: int
-    columns: int
-
-
-@dataclass(frozen=True)
-class TracedPatch:
-    """What the language model receives for a patch, and makes of it."""
-
-    nearest: list[Word]  # words nearest to its embedding, with their cosines
-    layers: list[Word]  # the likeliest next token of its state behind each layer, with its probability
-
-
-@dataclass(frozen=True)
-class Variant:
-    """The same question with other images."""
-
-    answer: str  # the model's own, with the likeliest tokens
-    bits: list[float]  # of each token of the traced answer
-    images: str  # what the images were
-
-
-@dataclass(frozen=True)
-class Trace:
-    """An answer of T tokens, looked into: L layers of H heads, P patches of all images in reading order."""
-
-    question: str
-    answer: str
-    images: list[TracedImage]
-    tokens: list[TracedToken]
-    attention: np.ndarray  # float32 [T, L, H, P]: weights from where a token is predicted, the position before it
-    rollout: np.ndarray  # float32 [T, P]: these rolled up through all heads and layers
-    patches: list[TracedPatch]
-    variants: dict[str, Variant]  # blank, swapped and, where patches were painted, occluded
-    occlusion: np.ndarray | None = None  # float32 [T, P]: bits that a token loses when the patch is grey
-    block: int = 1  # patches on a side of what was painted at a time for `occlusion`
-    occluded: list[tuple[int, int]] = field(default_factory=list)  # the patches that were painted
-    given: bool = False  # whether the answer was given as a text, and not the model's own
-    model: str = ""
-
-    def as_json(self) -> dict[str, Any]:
-        """The trace as JSON that the page and `mmv look --json` have.
-
-        Arrays are base64: `attention.data` is uint8 [T, L, H, P], and a weight is data · scale · peaks [T, L, H]
-        (float32, little-endian); `rollout` and `occlusion.bits` are float32 [T, P].
-        """
-        peaks = self.attention.max(axis=-1, initial=0.0)  # [T, L, H]
-        levels = np.rint(255 * self.attention / np.maximum(peaks, 1e-12)[..., None])
-        _, layers, heads, patches = self.attention.shape
-        return {
-            "model": self.model,
-            "question": self.question,
-            "answer": self.answer,
-            "given": self.given,
-            "images": [
-                {"src": data_uri(encode_png(image.pixels), "png"), "rows": image.rows, "columns": image.columns}
-                for image in self.images
-            ],
-            "tokens": [
-                {
-                    "text": token.text, "probability": token.probability,
-                    "bits": _short(token.bits), "bits_blank": _short(token.bits_blank),
-                    "rivals": [{"text": word.text, "probability": word.value} for word in token.rivals],
-                }
-                for token in self.tokens
-            ],
-            "attention": {
-                "layers": layers, "heads": heads, "patches": patches, "scale": 1 / 255,
-                "data": _base64(levels.astype(np.uint8)), "peaks": _base64(peaks),
-            },
-            "rollout": _base64(self.rollout),
-            "patches": [
-                {
-                    "words": [{"text": word.text, "similarity": _short(word.value)} for word in patch.nearest],
-                    "layers": [{"text": word.text, "probability": _short(word.value)} for word in patch.layers],
-                }
-                for patch in self.patches
-            ],
-            "variants": {
-                name: {"answer": variant.answer, "bits": list(map(_short, variant.bits)), "images": variant.images}
-                for name, variant in self.variants.items()
-            },
-            **({} if self.occlusion is None else {
-                "occlusion": {"bits": _base64(self.occlusion), "block": self.block},
-            }),
-            **({"occluded": [list(pair) for pair in self.occluded]} if self.occluded else {}),
-        }  # fmt: skip
-
-
-def nothing() -> None:
-    """Do nothing."""
-
-
 def trace_answer(
     engine: Engine,
     prompt: Prompt,
     settings: TraceSettings | None = None,
     question: str = "",
-    check: Callable[[], None] = nothing,
+    check: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Trace:
     """Answer a prompt with images, or take the answer of the settings, and look into it.
 
-    `question` is kept in the trace. `check` is called between tokens and batches: what it raises ends the work. From
-    any thread; the engine answers others meanwhile. Raises UsageError for a prompt without images, an answer that is
-    too long, patches that do not exist, or images to swap that do not match.
+    `question` is kept in the trace. `check` is called between tokens and batches: what it raises ends the work.
+    `progress` gets the painted blocks that are done for `occlusion`, and their number. From any thread; the engine
+    answers others meanwhile. Raises UsageError for a prompt without images, an answer that is too long, patches that do
+    not exist, or images to swap that do not match.
     """
-    return _Tracer(engine, prompt, settings or TraceSettings(), check).trace(question)
+    return _Tracer(engine, prompt, settings or TraceSettings(), check, progress or _ignore).trace(question)
 
 
 class _Tracer:
-    def __init__(self, engine: Engine, prompt: Prompt, settings: TraceSettings, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: Prompt,
+        settings: TraceSettings,
+        check: Callable[[], None],
+        progress: Callable[[int, int], None],
+    ) -> None:
         if not prompt.images:
             raise UsageError("looking inside needs an image: the question has none")
-        self.engine, self.prompt, self.settings, self.check = engine, prompt, settings, check
+        self.engine, self.prompt, self.settings, self.check, self.progress = engine, prompt, settings, check, progress
         self.model, self.tokenizer, self.images = engine.model, engine.tokenizer, list(prompt.images)
         self.side = _side(self.model)
         self.vocabulary = Vocabulary(self.model, self.tokenizer)
@@ -208,13 +103,14 @@ class _Tracer:
             variants["swapped"], names["swapped"] = self._swapped()
         bits = dict(zip(variants, self.bits(list(variants.values())), strict=True))
         inside, patches = self._pass()
-        block, occlusion = self._occlusion() if self.settings.occlusion else (1, None)
+        tokens = self._tokens(inside, bits["blank"])
+        block, occlusion = self._occlusion([token.bits for token in tokens]) if self.settings.occlusion else (1, None)
         columns = torch.tensor(self.prompt.tokens.image_mask, device=self.model.device).nonzero().flatten()
         return Trace(
             question=question,
             answer=self.tokenizer.decode(self.answer_ids),
             images=[TracedImage(image, self.side, self.side) for image in self.images],
-            tokens=self._tokens(inside, bits["blank"]),
+            tokens=tokens,
             attention=inside.attention[..., columns].cpu().numpy(),
             rollout=inside.rollout[:, columns].cpu().numpy(),
             patches=patches,
@@ -273,11 +169,11 @@ class _Tracer:
         return inside, [TracedPatch(*pair) for pair in zip(nearest, layers, strict=True)]
 
     @torch.inference_mode()
-    def bits(self, variants: Sequence[Sequence[np.ndarray]]) -> list[list[float]]:
+    def bits(self, variants: Sequence[Sequence[np.ndarray]], keep: bool = True) -> list[list[float]]:
         """The bits of each token of the answer, with each of several variants of the images."""
         targets, positions = torch.tensor(self.answer_ids, device=self.model.device), self._positions
         rows: list[list[float]] = []
-        for x in self._embedded(variants):  # [B, T, D]
+        for x in self._embedded(variants, keep):  # [B, T, D]
             starts = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
             hidden, _ = self.model.model(x, positions=(starts + positions).flatten())  # [B · N, D]
             logprobs = self.model.lm_head(hidden).float().log_softmax(dim=-1).unflatten(0, (len(x), -1))  # [B, N, V]
@@ -285,8 +181,8 @@ class _Tracer:
             rows += (-own / math.log(2)).tolist()
         return rows
 
-    def _embedded(self, variants: Sequence[Sequence[np.ndarray]]) -> Iterator[Tensor]:
-        """The text up to the last token, embedded with each variant's images: batches [B, T, D]."""
+    def _embedded(self, variants: Sequence[Sequence[np.ndarray]], keep: bool = True) -> Iterator[Tensor]:
+        """The text up to the last token, embedded with each variant's images, which are kept: batches [B, T, D]."""
         tokens, device = self.prompt.tokens, self.model.device
         ids = torch.tensor([*tokens.input_ids, *self.answer_ids[:-1]], device=device)
         mask = torch.zeros(len(ids), dtype=torch.bool, device=device)
@@ -297,7 +193,7 @@ class _Tracer:
             self.check()
             batch = variants[start : start + size]
             x = text.repeat(len(batch), 1, 1)
-            x[:, mask] = embed_images(self.model, batch).to(x.dtype)
+            x[:, mask] = embed_images(self.model, batch, keep).to(x.dtype)
             yield x
 
     def _tokens(self, inside: Inside, blank: list[float]) -> list[TracedToken]:
@@ -320,7 +216,7 @@ class _Tracer:
             return [*self.images[1:], self.images[0]], "rotated"
         return [np.ascontiguousarray(image[:, :, ::-1]) for image in self.images], "mirrored"
 
-    def _occlusion(self) -> tuple[int, np.ndarray]:
+    def _occlusion(self, own: Sequence[float]) -> tuple[int, np.ndarray]:
         """The side of a painted block, and the bits [T, P] that each token loses when a patch's block is grey."""
         block = next(size for size in range(1, self.side + 1) if math.ceil(self.side / size) ** 2 <= MOST_BLOCKS)
         blocks = self.side // block + bool(self.side % block)
@@ -331,9 +227,18 @@ class _Tracer:
             for image in range(len(self.images))
             for number in range(blocks**2)
         ]
-        whole, *rows = np.array(self.bits([self.images, *painted]), np.float32)
-        lost = (np.stack(rows) - whole).reshape(len(self.images), blocks**2, -1)  # [images, blocks, T]
+        rows: list[list[float]] = []
+        for start in range(0, len(painted), BATCH_BLOCKS):
+            self.progress(start, len(painted))
+            rows += self.bits(painted[start : start + BATCH_BLOCKS], keep=False)
+        self.progress(len(painted), len(painted))
+        lost = np.array(rows, np.float32) - np.array(own, np.float32)  # [images · blocks, T]
+        lost = lost.reshape(len(self.images), blocks**2, -1)
         return block, lost[:, block_of_patch.flatten()].reshape(-1, lost.shape[-1]).T.copy()
+
+
+def _ignore(done: int, total: int) -> None:
+    """Report no progress."""
 
 
 def encode_answer(engine: Engine, text: str) -> list[int]:
@@ -345,24 +250,14 @@ def encode_answer(engine: Engine, text: str) -> list[int]:
     return ids
 
 
-def embed_images(model: VLM, variants: Sequence[Sequence[np.ndarray]]) -> Tensor:
-    """The embeddings [B, P, D] of all patches of each variant's images. An image of several is encoded once."""
-    if model.vision_encoder is None:
-        raise UsageError("this model was loaded without its vision encoder")
-    numbers: dict[bytes, int] = {}
-    distinct: list[np.ndarray] = []
-    rows: list[int] = []
-    for images in variants:
-        for image in images:
-            if (content := image.tobytes()) not in numbers:
-                numbers[content] = len(distinct)
-                distinct.append(image)
-            rows.append(numbers[content])
-    embeddings = [
-        model.vision_proj(model.vision_encoder(torch.from_numpy(np.stack(chunk)).to(model.device)).float())
-        for chunk in (distinct[start : start + BATCH_IMAGES] for start in range(0, len(distinct), BATCH_IMAGES))
-    ]
-    return torch.cat(embeddings)[rows].reshape(len(variants), -1, model.config.hidden_size)
+def embed_images(model: VLM, variants: Sequence[Sequence[np.ndarray]], keep: bool = True) -> Tensor:
+    """The embeddings [B, P, D] of all patches of each variant's images.
+
+    What is kept for the model's answers is not encoded again; `keep`: the others are kept, too.
+    """
+    memory = ready(model)
+    rows = [torch.cat([memory.embed(model, image, keep) for image in images]) for images in variants]
+    return torch.stack(rows)
 
 
 def paint(images: Sequence[np.ndarray], patches: Patches, side: int) -> list[np.ndarray]:
@@ -391,13 +286,3 @@ def _check_patches(patches: Patches, images: int, count: int) -> None:
                 f"patch {patch} of image {image} cannot be painted: images are 0 to {images - 1}, "
                 f"patches 0 to {count - 1}"
             )
-
-
-def _base64(array: np.ndarray) -> str:
-    ordered = array.astype(array.dtype.newbyteorder("<"))
-    return base64.b64encode(np.ascontiguousarray(ordered).tobytes()).decode()
-
-
-def _short(value: float) -> float:
-    """A number with few digits: a trace has thousands."""
-    return round(value, 5)

@@ -114,10 +114,10 @@ class Download:
             self.listener.say(f"from {name}, {hub.endpoint}")
             return hub, listings
         if all(isinstance(error, Unreachable) for error in failures):
-            files = ", ".join(want.describe() for want in missing)
             raise Unreachable(
                 f"no hub can be reached (tried {'; '.join(map(str, failures))}) — name a mirror with --endpoint URL "
-                f"or HF_ENDPOINT, or copy {files} yourself and run this command again to verify them"
+                "or HF_ENDPOINT, or copy these files yourself and run this command again to verify them",
+                [want.describe() for want in missing],
             )
         raise failures[0] if len(failures) == 1 else HubError("; ".join(map(str, failures)))
 

@@ -51,7 +51,7 @@ def take_sample(hub: Hub, items: Sequence[Item], listener: Listener) -> int:
         f"{came / 1e6:,.1f} of {whole / 1e6:,.1f} MB transferred"
     )
     if count < rows:
-        listener.warn(f"the data set has only {count} rows; downloading all of them")
+        listener.warn(f"the data set has only {plural(count, 'row')}; downloading all of them")
     return came
 
 
@@ -111,7 +111,7 @@ def _pictures(source: RangeFile, lines: Sequence[bytes], path: Any, listener: Li
         ]
         names = {PurePosixPath(member.filename).name for member, _ in chosen}
         if lacking := len(bare - names):
-            listener.warn(f"{source.name} lacks {lacking} images of these rows")
+            listener.warn(f"{source.name} lacks {plural(lacking, 'image')} of these rows")
 
         def write(target: BinaryIO) -> None:
             with zipfile.ZipFile(target, "w") as copy:

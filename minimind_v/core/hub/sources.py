@@ -13,12 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from minimind_v.core.errors import MissingInput, nearest
+from minimind_v.core.errors import MissingInput, UsageError, nearest_file
 from minimind_v.core.paths import (
     BENCHMARK_DIR,
     DATASET_DIR,
     DEMO_DIR,
     OUT_DIR,
+    PRESET_DEMO,
     PRESET_DEMO_3V,
     STANDARD_PRESET,
     TOKENIZER_3V_DIR,
@@ -33,6 +34,7 @@ PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".t
 ROWS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".tar")  # endings of files of rows
 PRESETS_2025, PRESETS_3V = ("small", "base", "moe"), ("3v", "3v-moe")  # the sizes of each generation
 PUBLISHED = PRESETS_2025 + PRESETS_3V
+DEMOS = {PRESET_DEMO: "mmv demo", PRESET_DEMO_3V: "mmv demo --generation 3v"}
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # files of rows that stand beside their pictures
 
 
@@ -201,8 +203,11 @@ def weights_files(*names: str) -> tuple[Layout, ...]:
 def how_to_get(what: str, folder: Path | None = None, preset: str = STANDARD_PRESET) -> str:
     """The next step for a user without `what` in `folder`, for the model size `preset`.
 
-    A standard folder of one generation overrides the size: it is filled by that generation's download.
+    A standard folder of one generation overrides the size: it is filled by that generation's download. What belongs to
+    a demo no hub has.
     """
+    if preset in DEMOS:
+        return f"`{DEMOS[preset]}` makes it"
     source = sources_of(preset)[what]
     if folder and source.root_of(folder) is None:
         others = (generation[what] for generation in (SOURCES, SOURCES_3V))
@@ -211,6 +216,12 @@ def how_to_get(what: str, folder: Path | None = None, preset: str = STANDARD_PRE
     if folder and source.root_of(folder) is None:
         hint += f", which writes to {source.folder}"
     return hint
+
+
+def how_to_get_data(path: Path) -> str:
+    """The next step, after a dash, where a file of the dataset's download is missing; none for a name of the user's."""
+    published = {file.name for split in SPLITS for layout in dataset_files(split) for file in layout}
+    return f" — {how_to_get('dataset')}, or name your own" if path.name in published or path == DATASET_DIR else ""
 
 
 def how_to_pretrain(preset: str = STANDARD_PRESET) -> str:
@@ -231,10 +242,18 @@ def latest_model(say: Callable[[str], None], out: Path = OUT_DIR) -> Path:
 
 
 def weights_at(path: Path) -> Path:
-    """The weights at a path; a run's folder stands for the weights of the run. Raises MissingInput."""
+    """The weights at a path: a file, an exported folder, a run's folder, or a folder with one file of weights.
+
+    Raises MissingInput, or UsageError for a folder with several.
+    """
+    weights = weights_of_run(path)
+    return _only_weights(weights) if weights.is_dir() else weights
+
+
+def weights_of_run(path: Path) -> Path:
+    """The weights of the run whose folder this is; any other path as it is. Raises MissingInput where there is none."""
     if not path.exists():
-        beside = [other.name for other in path.parent.glob("*") if other.suffix in WEIGHTS_ENDINGS]
-        raise MissingInput(f"no weights at {path}{nearest(path.name, beside)}")
+        raise MissingInput(f"no weights at {path}{nearest_file(path, WEIGHTS_ENDINGS, folders=True)}")
     if not (path / "metrics.jsonl").is_file():
         return path
     run = path if path.name not in ("", "..") else path.resolve()
@@ -242,10 +261,27 @@ def weights_at(path: Path) -> Path:
     return next((file for file in written if file.is_file()), path)
 
 
+def _only_weights(folder: Path) -> Path:
+    """The only weights in a folder of runs, or the folder itself, which may be an export. Raises UsageError."""
+    files = _weights_in(folder)
+    exported = any(path for name in ("config.json", "model.safetensors*", "*.gguf") for path in folder.glob(name))
+    if not files or exported:
+        return folder
+    if len(files) > 1:
+        raise UsageError(f"{folder} has several weights — name one of {', '.join(map(str, files))}")
+    return files[0]
+
+
+def _weights_in(folder: Path, pattern: str = "*") -> list[Path]:
+    """The weights in a folder; of files that differ in their ending alone the `.pth`, of which the other is a copy."""
+    files = {path.stem: path for ending in reversed(WEIGHTS_ENDINGS) for path in folder.glob(f"{pattern}{ending}")}
+    return sorted(files.values())
+
+
 def find_weights(folder: Path) -> Path:
     """The weights of the latest stage: sft before pretrain, of several sizes the newest."""
     for stage in ("sft", "pretrain"):
-        if paths := [path for ending in WEIGHTS_ENDINGS for path in folder.glob(f"{stage}_vlm_*{ending}")]:
+        if paths := _weights_in(folder, f"{stage}_vlm_*"):
             return max(paths, key=lambda path: path.stat().st_mtime)
     raise MissingInput(
         f"no trained weights in {folder} — run `mmv train pretrain`, `mmv train sft`, or `mmv demo` for a small model; "

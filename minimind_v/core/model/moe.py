@@ -54,7 +54,8 @@ class MoEFeedForward(nn.Module):
         # Sort the N·k picks by expert, so that each works on a slice of just its own tokens; add back.
         expert_ids, order = chosen.flatten().sort(stable=True)  # [N·k]
         token_ids = order // chosen.shape[-1]
-        y = self.apply_experts(tokens[token_ids], expert_ids) * weights.flatten()[order, None]  # [N·k, D]
+        share = weights.flatten().index_select(0, order)[:, None]  # [N·k, 1]
+        y = self.apply_experts(tokens.index_select(0, token_ids), expert_ids) * share  # [N·k, D]
         out = torch.zeros_like(tokens).index_add_(0, token_ids, y.to(tokens.dtype))
         for expert in self.shared_experts:
             out = out + expert(tokens)

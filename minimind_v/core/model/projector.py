@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minimind_v.core.config.schema import LINEAR, MLP, VisionSpec
 from minimind_v.core.errors import UsageError, nearest
+from minimind_v.core.extensions import Table
 from minimind_v.core.model.no_init import NoInit
 
 PREFIX = "vision_proj."  # of its tensors in a checkpoint
@@ -72,7 +73,7 @@ class MlpProjector(Projector):
         return None if norm is None or norm.ndim != 1 else len(norm)  # in April 2026 it was a Linear
 
 
-PROJECTORS: dict[str, type[Projector]] = {LINEAR: LinearProjector, MLP: MlpProjector}
+PROJECTORS: Table[type[Projector]] = Table({LINEAR: LinearProjector, MLP: MlpProjector})
 
 
 def find_projector(name: str) -> type[Projector]:

@@ -36,13 +36,15 @@ DECIDING = (
     "model", "rows", "data", "formats/checkpoint.py", "formats/description.py", "formats/load.py",
     "formats/tensor_files.py", "formats/torch_files.py", "formats/vision_tower.py", "formats/hf/lfm2_names.py",
     "formats/hf/names.py", "formats/hf/read.py", "train/build.py", "train/distributed.py", "train/freeze.py",
-    "train/graph.py", "train/loop.py", "train/progress.py", "train/resume.py", "train/run.py", "train/step.py",
-    "config/freeze.py", "config/generation.py", "config/schedule.py", "cpu_sharing.py", "device.py",
+    "train/gradients.py", "train/graph.py", "train/loop.py", "train/progress.py", "train/resume.py", "train/run.py",
+    "train/step.py", "config/freeze.py", "config/generation.py", "config/schedule.py", "cpu_sharing.py",
+    "cuda_graph.py", "device.py",
 )  # fmt: skip
 OTHERS = {"rows/writers.py", "data/picture_names.py", "data/processor.py"}  # no step imports these
 # Keys that earlier releases did not record, with the values that these had.
 ADDED = {
     "projector": LINEAR,
+    "reduce_dtype": RunConfig.reduce_dtype,
     "model.qk_norm": TextConfig.qk_norm,
     "model.aux_loss_scope": TextConfig.aux_loss_scope,
 }

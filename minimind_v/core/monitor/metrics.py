@@ -135,6 +135,10 @@ class Listener:
     def warning(self, text: str) -> None:
         """A warning, with advice."""
 
+    def lost(self, text: str) -> None:
+        """A warning that something which the run was asked for was not saved or not measured."""
+        self.warning(text)
+
     def batches(self, batches: Sequence[Batch]) -> None:
         """The micro-batches of this process that the next step trains on."""
 

@@ -77,6 +77,10 @@ class Recorder(Listener):
         self._keep(warning=text)
         self.listener.warning(text)
 
+    def lost(self, text: str) -> None:
+        self._keep(warning=text)
+        self.listener.lost(text)
+
     def batches(self, batches: Sequence[Batch]) -> None:
         self.listener.batches(batches)
         if self.diagnostics:
@@ -139,7 +143,7 @@ class Recorder(Listener):
             self._tracker.log(self._step, values)
         except Exception as error:  # another service must not end a run
             self._tracker = None
-            self.warning(f"the tracker failed and is no longer used: {' '.join(str(error).split())[:200]}")
+            self.lost(f"the tracker failed and is no longer used: {' '.join(str(error).split())[:200]}")
 
 
 def _restored(kind: type[Kept], record: dict[str, Any]) -> Kept:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from minimind_v.core.files import read_notes
+from minimind_v.core.files import bounded_lines, read_notes
 
 LONGEST = 1 << 20  # bytes of a line; usual ones have some hundred
 LARGEST = 1e100  # of a number: sums and quotients of such are numbers
@@ -33,23 +33,15 @@ def read_records(
     `damaged` gets `file:line: problem` for each line without a record, or with a logged step without a key of `needed`.
     A last line without an end is still being written, and is skipped silently.
     """
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(LONGEST):
-            number += 1
-            whole = line.endswith(b"\n")
-            if not whole and len(line) == LONGEST:
-                while (rest := file.readline(LONGEST)) and not rest.endswith(b"\n"):
-                    pass
-                damaged(f"{path}:{number}: the line is longer than {LONGEST:,} bytes")
-            elif whole and line.strip():
-                record, trouble = _parse(line, needed)
-                if record is None:
-                    damaged(f"{path}:{number}: {trouble}")
-                else:
-                    yield line.decode("utf-8", "replace"), record
+    for number, line in enumerate(bounded_lines(path, LONGEST), 1):
+        if line is None:
+            damaged(f"{path}:{number}: the line is longer than {LONGEST:,} bytes")
+        elif line.endswith(b"\n") and line.strip():
+            record, trouble = _parse(line, needed)
+            if record is None:
+                damaged(f"{path}:{number}: {trouble}")
+            else:
+                yield line.decode("utf-8", "replace"), record
 
 
 def read_part(path: Path, kinds: dict[str, type], damaged: Callable[[str], object]) -> dict[str, Any]:

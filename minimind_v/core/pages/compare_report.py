@@ -9,7 +9,7 @@ from minimind_v.core.evaluate.compare import direction
 from minimind_v.core.pages.eval_report import cards, charts, reading, safe, section
 from minimind_v.core.pages.frame import page
 from minimind_v.core.pages.plot import number
-from minimind_v.core.wording import chance, plural
+from minimind_v.core.wording import answer_text, chance, plural
 
 CARDS = 12  # of a sheet
 
@@ -78,7 +78,7 @@ def _sheet(head: str, entries: Sequence[Mapping[str, Any]], thumbnails: Mapping[
     if not entries:
         return ""
     shown = (
-        {**entry, "answers": [(name, _answer(entry[key]), f"score {number(entry[f'score_{key}'])}")
+        {**entry, "answers": [(name, _answer(entry, key), f"score {number(entry[f'score_{key}'])}")
                               for name, key in (("A", "first"), ("B", "second"))]}
         for entry in entries[:CARDS]
     )  # fmt: skip
@@ -86,6 +86,6 @@ def _sheet(head: str, entries: Sequence[Mapping[str, Any]], thumbnails: Mapping[
     return section(head, f'<p class="dim">{note}</p>{cards(shown, thumbnails)}')
 
 
-def _answer(answer: Any) -> Any:
-    """An answer, or those of several seeds."""
-    return " · ".join(map(str, answer)) if isinstance(answer, list) else answer
+def _answer(entry: Mapping[str, Any], side: str) -> str:
+    """The answer of a side; nothing where neither has one, as of a loss."""
+    return answer_text(entry[side]) if entry["first"] or entry["second"] else ""

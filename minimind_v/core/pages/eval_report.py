@@ -17,11 +17,12 @@ from minimind_v.core.evaluate.tasks import TASKS
 from minimind_v.core.pages.frame import figures, page, write_page
 from minimind_v.core.pages.plot import COLOURS, HEIGHT, WIDTH, Interval, axis, chart, intervals, legend, number
 from minimind_v.core.rows.cells import data_uri
-from minimind_v.core.wording import chance, plural
+from minimind_v.core.wording import answer_text, chance, plural
 
 PAGE = "report.html"  # in the folder of an evaluation
 Figure = Mapping[str, Any]  # an entry of a report: value, ci_low, ci_high …
 LONGEST, SHORT = 300, 60  # characters of a text on a card, and of a name in a figure
+ACROSS = 24  # characters of the heads of a table, beyond which they stand upright
 LABELS = 6  # below a histogram, without the last
 SKIPPED = 5  # that are listed
 ALIKE = 0.9  # the share of equal answers from which the page says that they are
@@ -163,11 +164,12 @@ def _confusion(report: Figure) -> str:
         for row_number, (label, row) in enumerate(zip(labels, counts, strict=True))
         if any(row)
     )
+    down = " down" if sum(len(labels[number]) for number in columns) > ACROSS else ""
     n, most = sum(map(sum, counts)), max(map(sum, counts[:-1]))
     baseline = f"Always answering {_label(labels[0])} would agree in {most / n:.0%} of {plural(n, 'question')}."
     return section(
         "Which answers are taken for which",
-        f'<div class="wide"><table class="confusion"><tr><th>truth ↓ answer →</th>{head}<th>all</th>'
+        f'<div class="wide"><table class="confusion{down}"><tr><th>truth ↓ answer →</th>{head}<th>all</th>'
         f"</tr>{rows}</table></div><p>A row has the questions of one true answer (of several, the most frequent one), "
         f"and its right answers in the framed cell. {baseline}</p>",
     )
@@ -180,7 +182,7 @@ def _cell(row: Sequence[int], row_number: int, column: int, labels: Sequence[str
 
 
 def _label(label: str) -> str:
-    return safe(shorten(label, SHORT)) if label.strip() else "(nothing)"
+    return f"<bdi>{safe(shorten(label, SHORT))}</bdi>" if label.strip() else "(nothing)"
 
 
 def _calibration(report: Figure) -> str:
@@ -302,7 +304,7 @@ def _card(card: Card) -> dict[str, Any]:
             answers.append((name if line is card.blank else "own image", score, ""))
         else:
             sure = "" if line["confidence"] is None else f", {_percent(line['confidence'])} sure"
-            answers.append((name, line["answer"], score + sure))
+            answers.append((name, answer_text(line["answer"]), score + sure))
     return {key: card.with_image[key] for key in ("picture", "question", "truth")} | {"answers": answers}
 
 

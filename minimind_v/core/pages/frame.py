@@ -15,6 +15,7 @@ from minimind_v.core.files import write_text
 # With this policy a browser neither runs nor fetches anything in a row of data.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
+ENDINGS = (".html", ".htm")
 ASSETS = Path(__file__).with_name("assets")
 BEGIN = (
     f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -23,11 +24,13 @@ BEGIN = (
 
 
 def check_page(path: Path) -> None:
-    """Raises UsageError if `path` is a file that is not a page of mmv."""
+    """Raises UsageError if `path` is a file that is not a page of mmv, or has not the ending of one."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder, the page needs a file name — name a file")
     if path.is_file() and path.stat().st_size and path.read_bytes()[: len(BEGIN)] != BEGIN.encode():
         raise UsageError(f"{path} exists and is not a page by mmv — name another file")
+    if path.suffix.lower() not in ENDINGS:
+        raise UsageError(f"{path} has no ending of a page — name it {path.with_suffix('.html')}")
 
 
 def write_page(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ from minimind_v.core.model.vision.encoder import VisionSpec
 from minimind_v.core.pages.frame import ASSETS, page
 from minimind_v.core.rows.cells import data_uri
 from minimind_v.core.wording import plural
+from minimind_v.core.wording import size as file_size
 
 NEWLINE = '<span class="dim">↵</span>'
 SHIFTS = 6  # predictions of a row that the page lists
@@ -119,7 +120,7 @@ def _picture(picture: PictureView, number: int, removed: bool, spec: VisionSpec)
     return (
         f'<figure class="original"><span class="frame"><img alt="" src="{data_uri(picture.thumbnail, "jpeg")}">'
         f"{_crop(picture)}</span><figcaption><b>Original</b> {name}: {picture.width} × {picture.height}, "
-        f"{picture.size / 1000:,.0f} kB — {picture.resizing}{gone}"
+        f"{file_size(picture.size)} — {picture.resizing}{gone}"
         f'</figcaption></figure><figure class="model"><span class="frame"><img alt="" '
         f'src="{data_uri(picture.model, "png")}">{grid}</span><figcaption><b>What the model receives</b>: '
         f"{size} × {size} pixels, {side} × {side} patches, {spec.tokens_per_image} tokens</figcaption></figure>"

@@ -13,7 +13,7 @@ from typing import Any
 from minimind_v.core.errors import DataError, MissingInput
 from minimind_v.core.files import object_in
 from minimind_v.core.monitor.metrics import read_lines, read_metrics
-from minimind_v.core.monitor.records import EVALUATIONS, REPORTED, flatten, read_part
+from minimind_v.core.monitor.records import EVALUATIONS, REPORTED, flatten, is_number, read_part
 from minimind_v.core.pages.frame import figures, page, write_page
 from minimind_v.core.pages.plot import Band, Points, curves
 from minimind_v.core.wording import plural
@@ -25,6 +25,7 @@ LABELS = {
     "tokens": "tokens",
     "supervised_tokens": "supervised tokens",
     "seconds": "time",
+    "evaluation_seconds": "of this, evaluations",
     "memory_bytes": "memory",
     "disk_bytes": "disk",
     "cost": "cost",
@@ -264,15 +265,19 @@ def beside(run: RunRecords) -> list[tuple[str, float | None, float | None]]:
     last, forecast = run.last, run.forecast
     memory = max((event["memory_bytes"] for event in run.events if "memory_bytes" in event), default=None)
     price = forecast.get("price_per_hour")
+    times: list[Any] = [object_in(event, "evaluation").get("seconds") for event in run.events]
+    evaluating: float = sum(filter(is_number, times))
+    seconds = last["seconds"] + evaluating
     actual: dict[str, float | None] = {
         "updates": last["step"],
         "samples": last["samples"],
         "tokens": last.get("tokens"),
         "supervised_tokens": last.get("supervised_tokens"),
-        "seconds": last["seconds"],
+        "seconds": seconds,
+        "evaluation_seconds": evaluating,
         "memory_bytes": memory,
         "disk_bytes": disk_used(run.folder),
-        "cost": price * last["seconds"] / 3600 if price else None,
+        "cost": price * seconds / 3600 if price else None,
     }
     return [(name, forecast[name], value) for name, value in actual.items() if forecast.get(name) is not None]
 
@@ -327,7 +332,7 @@ def shown(name: str, value: float | None) -> str:
     """A figure of a forecast or of a run, as text."""
     if value is None:
         return "–"
-    if name == "seconds":
+    if name.endswith("seconds"):
         return duration(value)
     if name.endswith("_bytes"):
         return f"{value / 2**30:.2f} GiB"

@@ -85,7 +85,7 @@ class ArchivePictures(Reopened, Generic[M]):
                 if len(matches) == 1:
                     return matches[0]
                 if matches:
-                    raise RowError(f"{name}: {len(matches)} members of {self.path} have this name", "picture ambiguous")
+                    raise RowError(f"{name}: {len(matches)} members of {self.path} have this name", "image ambiguous")
         return None
 
     def _member(self, name: str) -> M:
@@ -96,8 +96,8 @@ class ArchivePictures(Reopened, Generic[M]):
                 return member
             hint = self._hint(name)
         except self.damage as error:
-            raise RowError(f"{name}: {self.path} has changed or is damaged ({error})", "picture broken") from None
-        raise RowError(f"{name}: no such picture in {self.path}{hint}", "picture missing")
+            raise RowError(f"{name}: {self.path} has changed or is damaged ({error})", "image broken") from None
+        raise RowError(f"{name}: no such image in {self.path}{hint}", "image missing")
 
     def _hint(self, name: str) -> str:
         """Which existing member a wrong name may mean."""
@@ -142,19 +142,19 @@ class ZipPictures(ArchivePictures[ZipMember]):
     def read(self, name: str) -> bytes:
         member = self._member(name)
         if member.flags & ENCRYPTED:
-            raise RowError(f"{name}: encrypted in {self.path}", "picture broken")
+            raise RowError(f"{name}: encrypted in {self.path}", "image broken")
         if member.method not in (STORED, DEFLATED):
             method = METHODS.get(member.method, f"method {member.method}")
             raise RowError(
                 f"{name}: compressed with {method} in {self.path}; zip members must be stored or deflated — "
                 "create the zip again",
-                "picture broken",
+                "image broken",
             )
         check_size(name, max(member.size, member.packed))
         try:
             return unpack(self.handle, member, self._prefix)
         except self.damage as error:  # ValueError: no file is so long
-            raise RowError(f"{name}: damaged in {self.path} ({error})", "picture broken") from None
+            raise RowError(f"{name}: damaged in {self.path} ({error})", "image broken") from None
 
     def _namesakes(self, last: str) -> dict[str, ZipMember]:
         return {member.names[0]: member for member in (entry_at(self.handle, offset) for offset in self._offsets(last))}
@@ -187,7 +187,7 @@ class TarPictures(ArchivePictures[TarMember]):
     def read(self, name: str) -> bytes:
         member = self._member(name)
         if member.trouble:
-            raise RowError(f"{name}: {member.trouble}, in {self.path}", "picture broken")
+            raise RowError(f"{name}: {member.trouble}, in {self.path}", "image broken")
         check_size(name, member.size)
         return read_exactly(self.handle, member)
 

@@ -71,7 +71,7 @@ def pictures_of(value: Any, key: str, one_name: bool = False) -> Sequence[Pictur
         return _of_record(value, key)
     if isinstance(value, list | tuple):
         return [picture for cell in value for picture in pictures_of(cell, key, one_name=True)]
-    raise RowError(f"`{key}` must be a text with picture names", "image")
+    raise RowError(f"`{key}` must be a text with image names", "image")
 
 
 def _data_in(text: str) -> bool:
@@ -105,7 +105,7 @@ def decode_inline(data: Any, name: str) -> bytes:
         try:
             data = decode_base64(text)
         except ValueError as error:
-            raise RowError(f"{name}: not base64 ({error})", "picture broken") from None
+            raise RowError(f"{name}: not base64 ({error})", "image broken") from None
     check_size(name, len(data))
     return bytes(data)
 

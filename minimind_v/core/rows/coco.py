@@ -46,7 +46,7 @@ def is_captions(path: Path) -> bool:
 class CocoRows(TextRows):
     """Rows of COCO's captions, or of one split of Karpathy's. The index takes 16 bytes per row."""
 
-    kind = "COCO captions: place of the caption, place of the picture"
+    kind = "COCO captions: place of the caption, place of the image"
 
     def __init__(
         self, path: Path, images: Path | None = None, split: str | None = None, order: Sequence[str] = LEARN
@@ -83,7 +83,7 @@ class CocoRows(TextRows):
         try:
             return super().picture(index, position, name)
         except RowError as error:
-            if error.kind == "picture missing" and self._sentences and "/" in name:  # `filepath` is often absent
+            if error.kind == "image missing" and self._sentences and "/" in name:  # `filepath` is often absent
                 return super().picture(index, position, name.rpartition("/")[2])
             raise
 

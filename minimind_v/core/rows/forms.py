@@ -54,7 +54,7 @@ def _read_fields(fields: Mapping[str, Any]) -> Row:
         conversation.form = (
             f"{key} + {conversation.form}" if conversation.form in CAPTIONS else f"{conversation.form} + {key}"
         )
-    images = [f"picture {number}" if picture.name is None else picture.name for number, picture in enumerate(shown, 1)]
+    images = [f"image {number}" if picture.name is None else picture.name for number, picture in enumerate(shown, 1)]
     inline = {position: picture.data for position, picture in enumerate(shown) if picture.data is not None}
     return Row(conversation.messages, images, rest, inline, tuple(conversation.notes), conversation.form)
 

@@ -15,6 +15,7 @@ from minimind_v.core.errors import RowError, UsageError
 from minimind_v.core.files import read_notes, write_text
 from minimind_v.core.rows.digests import Digests, picture_digest, text_digest
 from minimind_v.core.rows.row import RowStore
+from minimind_v.core.wording import plural
 
 
 def hold_out(rows: RowStore, count: int, seed: int, path: Path, origin: str, say: Callable[[str], None]) -> np.ndarray:
@@ -34,8 +35,8 @@ def hold_out(rows: RowStore, count: int, seed: int, path: Path, origin: str, say
         write_text(path, json.dumps({"of": key, "rows": chosen, "digest": _digest(key, chosen)}) + "\n")
     if not chosen:
         raise UsageError(
-            f"{rows.path}: none of its {len(rows)} rows can be held out by image, so validation is not possible "
-            "— leave out --val-every"
+            f"{rows.path}: none of its {plural(len(rows), 'row')} can be held out by image, so validation is not "
+            "possible — leave out --val-every"
         )
     mask = np.zeros(len(rows), bool)
     mask[chosen] = True
@@ -73,7 +74,7 @@ def group_by_picture(
         except RowError as error:
             unread.append(index)
             broken(index, error)
-        if index % 100 == 99:
+        if index % 100 == 99 or index + 1 == len(rows):
             progress(index + 1)
     parent = array("q", range(len(rows)))
 

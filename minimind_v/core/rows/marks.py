@@ -55,7 +55,7 @@ def _same_pictures(first: Sequence[Picture], second: Sequence[Picture], *keys: s
             pairs = list(zip(first, second, strict=True))
             if all((left.data is None) != (right.data is None) for left, right in pairs):
                 return [left if left.data is not None else right for left, right in pairs]
-    raise RowError(f"`{keys[0]}` and `{keys[1]}` have different pictures — leave one of them", "image")
+    raise RowError(f"`{keys[0]}` and `{keys[1]}` have different images — leave one of them", "image")
 
 
 def place_pictures(conversation: Conversation, pictures: Sequence[Picture]) -> Sequence[Picture]:
@@ -69,7 +69,7 @@ def place_pictures(conversation: Conversation, pictures: Sequence[Picture]) -> S
         trusted = marks == 1 or (marks > 1 and not _mark_in_each_question(messages))
         pictures = [Picture(None, number) for number in range(marks if trusted else len(pictures))]
     if conversation.needs and not pictures:
-        raise RowError(f"the row has a `{conversation.form}` and no picture", "picture missing")
+        raise RowError(f"the row has a `{conversation.form}` and no image", "image missing")
     if not pictures or not isinstance(messages, list):
         return pictures
     if conversation.leads and messages and not count_marks(messages):

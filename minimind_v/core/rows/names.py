@@ -95,7 +95,7 @@ def folders_of(path: Path) -> list[tuple[str, ...]]:
 def refuse_climbing(name: str) -> None:
     """Raises RowError where a name leads out of its folder."""
     if ".." in name and ".." in PicturePath.of(name).names:
-        raise RowError(f"{name}: `..` in a picture name — write the path below --images", "picture missing")
+        raise RowError(f"{name}: `..` in an image name — write the path below --images", "image missing")
 
 
 def describe_namesake(names: tuple[str, ...]) -> str:

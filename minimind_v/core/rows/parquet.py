@@ -35,6 +35,7 @@ from minimind_v.core.rows.row import Row
 from minimind_v.core.rows.splits import LEARN, shards_of
 from minimind_v.core.rows.strangers import no_rows, stand_in
 from minimind_v.core.rows.unread import refuse_unread
+from minimind_v.core.wording import plural
 
 
 class ParquetRows(ShardedRows):
@@ -112,7 +113,7 @@ class ParquetRows(ShardedRows):
         if isinstance(data, int):
             cells, count = self._cells(index), len({number for number in inline.values() if isinstance(number, int)})
             if len(cells) != count:
-                raise RowError(f"the text refers to {count} images, the row has {len(cells)}", "placeholders")
+                raise RowError(f"the text refers to {plural(count, 'image')}, the row has {len(cells)}", "placeholders")
             data, name = cells[data].data, cells[data].name or name
         return self._images.read(name) if data is None else decode_inline(data, name)
 

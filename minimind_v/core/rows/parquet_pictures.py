@@ -26,7 +26,7 @@ class ParquetPictures:
                     f"{file}: not a parquet file that can be read ({' '.join(str(error).split()):.120})"
                 ) from None
             if lacking := {ID, IMAGE} - set(footers[-1].schema.to_arrow_schema().names):
-                raise DataError(f"{file}: no column `{'`, `'.join(sorted(lacking))}` — pictures need `{ID}`, `{IMAGE}`")
+                raise DataError(f"{file}: no column `{'`, `'.join(sorted(lacking))}` — images need `{ID}`, `{IMAGE}`")
         ids = Pieces(files, footers, [ID], KEPT_TEXT)
         try:
             self._rows = {str(ids.row(number)[ID]): number for number in range(ids.rows)}
@@ -37,8 +37,8 @@ class ParquetPictures:
     def read(self, name: str) -> bytes:
         """Read a picture by its id. Raises RowError."""
         if name not in self._rows:
-            raise RowError(f"{name}: no picture with this id in {self.path}", "picture missing")
+            raise RowError(f"{name}: no image with this id in {self.path}", "image missing")
         cells = pictures_of(self._images.row(self._rows[name])[IMAGE], IMAGE)
         if not cells or cells[0].data is None:
-            raise RowError(f"{name}: the file has no bytes of this picture", "picture missing")
+            raise RowError(f"{name}: the file has no bytes of this image", "image missing")
         return decode_inline(cells[0].data, name)

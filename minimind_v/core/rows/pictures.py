@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from minimind_v.core.errors import MissingInput, RowError
-from minimind_v.core.hub.sources import METADATA, how_to_get
+from minimind_v.core.errors import MissingInput, RowError, nearest_file
+from minimind_v.core.hub.sources import METADATA, how_to_get_data
 from minimind_v.core.rows.archives import TarPictures, ZipPictures
 from minimind_v.core.rows.names import (
     PicturePath,
@@ -27,6 +27,7 @@ from minimind_v.core.rows.names import (
 from minimind_v.core.rows.row import check_size
 
 FEW_NAMES = 32  # of a folder, to see what it holds
+ARCHIVES = (".zip", ".tar")
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL}  # the errors for a name without a file
 
 
@@ -44,9 +45,10 @@ class Pictures(Protocol):
 def find_pictures(path: Path | None) -> Path | None:
     """Return the path. Raises MissingInput where it does not exist."""
     if path is not None and not path.is_dir() and not path.is_file():
-        raise MissingInput(
-            f"no picture files at {path} — {how_to_get('dataset')}, or give a folder, zip or tar with --images"
-        )
+        if get := how_to_get_data(path):
+            raise MissingInput(f"no image files at {path}{get}")
+        kind, near = "file" if path.suffix in ARCHIVES else "folder", nearest_file(path, ARCHIVES, folders=True)
+        raise MissingInput(f"no {kind} {path}{near} — give a folder, zip or tar with --images")
     return path
 
 
@@ -81,8 +83,8 @@ class NoPictures:
 
     def read(self, name: str) -> bytes:
         raise RowError(
-            f"{name}: the row names a picture, but --images is missing — give its folder, zip or tar with --images",
-            "picture missing",
+            f"{name}: the row names an image, but --images is missing — give its folder, zip or tar with --images",
+            "image missing",
         )
 
 
@@ -105,8 +107,8 @@ class FolderPictures:
                         return _read_file(name, file)
             hint = self._hint(PicturePath.of(name).names)
         except OSError as error:
-            raise RowError(f"{name:.80}: cannot be read ({error.strerror})", "picture broken") from None
-        raise RowError(f"{name}: no such picture in {self.path}{hint}", "picture missing")
+            raise RowError(f"{name:.80}: cannot be read ({error.strerror})", "image broken") from None
+        raise RowError(f"{name}: no such image in {self.path}{hint}", "image missing")
 
     def _hint(self, names: tuple[str, ...]) -> str:
         """Which existing file a wrong name may mean."""

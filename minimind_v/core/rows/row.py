@@ -21,11 +21,11 @@ NO_NAME = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and h
 PICTURE_NAME = re.compile(r"\.(a?png|avif|bmp|gif|hei[cf]|jfif|jp2|jpe?g?|mpo|p[bgpn]m|tga|tiff?|webp)\s*$", re.I)
 PICTURE_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 IMAGE_MARK = "<image>"  # in a message: the position of a picture
-NUMBERED = re.compile(r"picture \d+")  # the name of a picture without one
+NUMBERED = re.compile(r"image \d+")  # the name of an image without one
 
 # Notes on rows that are not read exactly as written: not errors, but reported.
 ANSWER_FIRST = "began with an answer"
-MARK_PER_TURN = "one picture, a mark in every turn"
+MARK_PER_TURN = "one image, a mark in every turn"
 SEVERAL_CAPTIONS = "several captions, the first is read"
 SEVERAL_ANSWERS = "several answers, the first is read"
 NOTES = {  # and how such rows are read
@@ -170,7 +170,7 @@ def image_names(names: Any) -> list[str]:
         return check_names(_read_names(names))
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         return check_names(names)
-    raise RowError("`image` must be a text with picture names", "image")
+    raise RowError("`image` must be a text with image names", "image")
 
 
 def _read_names(text: str) -> list[str]:
@@ -202,11 +202,11 @@ def check_names(names: list[str]) -> list[str]:
     """Return the names. Raises RowError where one cannot be a file name."""
     for name in names:
         if NO_NAME.search(name):
-            raise RowError(f"{name!r:.80} is not a picture name", "image")
+            raise RowError(f"{name!r:.80} is not an image name", "image")
     return names
 
 
 def check_size(name: str, size: int) -> None:
     """Raises RowError where a picture has too many bytes."""
     if size > PICTURE_LIMIT:
-        raise RowError(f"{name}: {size} bytes are too many for a picture", "picture too large")
+        raise RowError(f"{name}: {size} bytes are too many for an image", "image too large")

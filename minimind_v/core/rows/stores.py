@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minimind_v.core.errors import DataError, MissingInput, UsageError, nearest
-from minimind_v.core.hub.sources import ROWS, how_to_get
+from minimind_v.core.errors import DataError, MissingInput, UsageError, nearest_file
+from minimind_v.core.hub.sources import ROWS, how_to_get_data
 from minimind_v.core.rows.row import OpenedRows, RowStore
 from minimind_v.core.rows.splits import LEARN
 from minimind_v.core.rows.strangers import no_set
@@ -61,13 +61,7 @@ def find_rows(data: Path) -> Path:
     """Return the file or folder of rows. Raises MissingInput, with the most similar name, where it does not exist."""
     if data.is_dir() or data.is_file():
         return data
-    try:
-        beside = [path.name for path in data.parent.iterdir() if path.name.endswith(ROWS)]
-    except OSError:  # no folder either
-        beside = []
-    raise MissingInput(
-        f"no data file {data}{nearest(data.name, beside)} — {how_to_get('dataset')}, or give your own data file"
-    )
+    raise MissingInput(f"no data file {data}{nearest_file(data, ROWS, folders=True)}{how_to_get_data(data)}")
 
 
 def _is_saved(path: Path) -> bool:

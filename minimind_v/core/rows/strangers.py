@@ -23,7 +23,7 @@ STRANGERS = {  # first bytes of files that are neither rows nor a zip
 TAR = slice(257, 262)  # the bytes of a tar archive's signature
 WEIGHTS = "these are model weights, not a data file"
 # First bytes of files that other options take.
-NO_ROWS = {b"GGUF": WEIGHTS} | dict.fromkeys(PICTURE_BEGINNINGS, "this is a picture file, not a data file")
+NO_ROWS = {b"GGUF": WEIGHTS} | dict.fromkeys(PICTURE_BEGINNINGS, "this is an image file, not a data file")
 
 
 def stand_in(path: Path) -> str | None:
@@ -78,7 +78,7 @@ def _of_zip(path: Path) -> str:
     stem = path.name.removesuffix(".zip").removesuffix("_images")
     beside = [path.with_name(f"{stem}{ending}") for ending in ("_data.jsonl", *ROWS)]
     rows_here = next((str(file) for file in beside if file.is_file()), "a .jsonl, .json or .parquet")
-    return f"this is a zip of picture files — give the rows ({rows_here}) here, and the zip with --images"
+    return f"this is a zip of image files — give the rows ({rows_here}) here, and the zip with --images"
 
 
 def no_set(folder: Path) -> str:
@@ -88,5 +88,5 @@ def no_set(folder: Path) -> str:
     if rows:
         return f"it is a folder with several data sets — give one file, such as {rows[0]}"
     if any(path.suffix.lower() in PICTURE_ENDINGS for path in files):
-        return "it is a folder of picture files without rows — add a metadata.csv with the columns file_name and text"
+        return "it is a folder of image files without rows — add a metadata.csv with the columns file_name and text"
     return "it is a folder without rows (no .parquet or .tar file, no metadata.jsonl or .csv)"

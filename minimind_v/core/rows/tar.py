@@ -68,7 +68,7 @@ class TarRows(ShardedRows):
                     texts = texts or has_text
         if not texts:
             raise DataError(
-                f"{self.path}: a tar without a .txt or .json beside its pictures has no rows — give the rows in its "
+                f"{self.path}: a tar without a .txt or .json beside its images has no rows — give the rows in its "
                 "place, and the tar with --images"
             )
         return np.array([starts, lengths], np.uint64)
@@ -128,7 +128,7 @@ class TarRows(ShardedRows):
             raise RowError(
                 f"{unread[0]} is not supported: a sample has images ({', '.join(PICTURE_ENDINGS)}), a caption in .txt "
                 "and fields in .json",
-                "pictures not read",
+                "images not read",
             )
         return fields, _in_order(pictures, fields)
 
@@ -186,6 +186,6 @@ def _in_order(pictures: list[Member], fields: dict[str, Any]) -> list[tuple[str,
         elif len(names) != len(pictures):
             raise RowError(f"its fields name {plural(len(names), 'image')}, the sample has {len(pictures)}", "tar")
     return [
-        (f"picture {number}" if NO_NAME.search(member.name) else member.name, member)
+        (f"image {number}" if NO_NAME.search(member.name) else member.name, member)
         for number, member in enumerate(pictures, 1)
     ]

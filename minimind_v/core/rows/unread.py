@@ -13,7 +13,7 @@ from typing import Any
 from minimind_v.core.errors import RowError
 from minimind_v.core.rows.row import IMAGE_MARK, PICTURE_BEGINNINGS, Row
 
-KIND = "pictures not read"
+KIND = "images not read"
 DEPTH, WIDTH = 4, 64  # how deep and how far a value is searched
 NAME_LIMIT = 4096  # characters of a text that could be a name
 
@@ -61,15 +61,15 @@ def refuse_unread(row: Row, columns: Mapping[str, Any] | None = None) -> Row:
     for text in _questions(row.conversations):
         if mark := _unread_mark(text):
             raise RowError(
-                f"{mark!r:.80} in its text is not supported: write <image> there, and the picture name in `image`",
+                f"{mark!r:.80} in its text is not supported: write <image> there, and the image name in `image`",
                 KIND,
             )
     if not row.images:
         for tree in (row.extra, columns or {}, *_rests(row.conversations)):
             for key, value in named_in(tree, ""):
-                instead = "put the picture names into `image`"
+                instead = "put the image names into `image`"
                 if isinstance(value, bytes):
-                    instead = "put the picture bytes into a column `image_bytes` (binary, or a list of binary)"
+                    instead = "put the image bytes into a column `image_bytes` (binary, or a list of binary)"
                 raise RowError(
                     f"images or videos in `{key:.60}` are not supported: {instead}, and write <image> in the text "
                     "where each belongs",

@@ -1,4 +1,4 @@
-"""Write rows as JSONL with a zip of picture files, or as parquet with the picture bytes.
+"""Write rows as JSONL with a zip of image files, or as parquet with the picture bytes.
 
 Each form writes chunks to a folder, whole or absent, and joins them into its files at the end.
 """

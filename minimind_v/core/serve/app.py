@@ -89,6 +89,15 @@ class Endpoint:
         await self.function(scope, receive, send)
 
 
+class WholeFile(FileResponse):
+    """A file that is sent whole, also to those who ask for a part of it: all are small."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it; a Range header of any form is ignored, as RFC 9110 (14.2) permits."""
+        headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
+        await super().__call__({**scope, "headers": headers}, receive, send)
+
+
 def page_routes(service: Service) -> list[BaseRoute]:
     """The page, its files, those of the viewer that looks inside a model, and examples."""
     mimetypes.add_type("text/javascript", ".js")  # not what the system's table may say
@@ -97,7 +106,7 @@ def page_routes(service: Service) -> list[BaseRoute]:
         async def respond(request: Request) -> Response:
             if not path.is_file():
                 raise HTTPException(404)
-            return FileResponse(path, headers={"cache-control": "no-cache"})
+            return WholeFile(path, headers={"cache-control": "no-cache", "accept-ranges": "none"})
 
         return respond
 

@@ -19,13 +19,11 @@ from minimind_v.core.formats.checkpoint import Checkpoint
 from minimind_v.core.formats.gguf.read import is_gguf
 from minimind_v.core.formats.load import LoadedModel, load, read_model_parts
 from minimind_v.core.generate.engine import CONTEXT, Engine
-from minimind_v.core.hub.sources import WEIGHTS_ENDINGS, find_weights, weights_at
+from minimind_v.core.hub.sources import DEMOS, WEIGHTS_ENDINGS, find_weights, weights_of_run
 from minimind_v.core.model.projector import projected
 from minimind_v.core.model.vision.spec import VisionSpec
-from minimind_v.core.paths import PRESET_DEMO_3V
 from minimind_v.core.serve.errors import ApiError
 
-DEMO_PRESETS = ("demo", PRESET_DEMO_3V)
 Log = Callable[[str], None]
 
 
@@ -98,6 +96,13 @@ class Entry:
     description: dict[str, Any] | None = None
     preset: str | None = None  # the size of the model, where it has a name
 
+    @property
+    def format(self) -> str:
+        """What its path is: a pth, safetensors or gguf file, or a folder for transformers or llama.cpp (gguf)."""
+        if self.path.is_dir():
+            return "gguf" if is_gguf(self.path) else "transformers"
+        return self.path.suffix.removeprefix(".")
+
 
 class Models:
     """Models by name, for the thread of an event loop; what takes long runs in other threads."""
@@ -148,7 +153,7 @@ class Models:
     async def any_demo(self) -> bool:
         """Whether a model is of the demo's size, and so may understand the demo's world."""
         await self.list()
-        return any(entry.preset in DEMO_PRESETS for entry in self.entries.values())
+        return any(entry.preset in DEMOS for entry in self.entries.values())
 
     async def list(self) -> list[dict[str, Any]]:
         """OpenAI's list of models, each with what a page must know of it."""
@@ -158,7 +163,7 @@ class Models:
                     await asyncio.to_thread(self._describe, entry)
         return [
             {"id": entry.name, "object": "model", "created": entry.created, "owned_by": "mmv",
-             "mmv": {"loaded": entry.model is not None, **(entry.description or {})}}
+             "mmv": {"format": entry.format, "loaded": entry.model is not None, **(entry.description or {})}}
             for entry in self.entries.values()
         ]  # fmt: skip
 
@@ -252,7 +257,7 @@ def _weights_in(path: Path) -> list[Path]:
 
     The latest of a folder come first, the others in the order of their names.
     """
-    weights = weights_at(path)
+    weights = weights_of_run(path)
     if weights.is_file() or _is_model(weights):
         return [weights]
     inside = sorted(weights.iterdir())

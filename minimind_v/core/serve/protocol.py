@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import suppress
 from typing import Any
 
@@ -11,6 +12,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from minimind_v.core.serve.errors import ApiError
 from minimind_v.core.serve.limits import Limits
+
+PROBE_SECONDS = 1.0  # between two looks for a client that sends no more
 
 
 def make_protocol(limits: Limits) -> type[H11Protocol]:
@@ -26,6 +29,7 @@ class Protocol(H11Protocol):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._headers, self._reading = Patience(self.limits.read_seconds), Patience(self.limits.write_seconds)
+        self._probing: asyncio.TimerHandle | None = None  # while the client sends no more
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin a connection, or refuse it where there are too many."""
@@ -39,6 +43,8 @@ class Protocol(H11Protocol):
         """End a connection."""
         self._headers.end()
         self._reading.end()
+        if self._probing is not None:
+            self._probing.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -53,6 +59,28 @@ class Protocol(H11Protocol):
         """A next request may begin."""
         self._headers.end()
         super().on_response_complete()
+        if self._probing is not None and not self._is_owed:
+            self.transport.close()
+
+    @property
+    def _is_owed(self) -> bool:
+        """Whether a whole request has no whole answer yet."""
+        return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more. It is gone, or it still reads: then it gets the answers to its whole requests."""
+        if self._is_owed and self._probing is None:
+            self._probing = self.loop.call_later(PROBE_SECONDS, self._probe)
+        return self._is_owed
+
+    def _probe(self) -> None:
+        """End a connection that the client has closed: it has refused what was sent, at first words without meaning."""
+        if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+            return
+        if self.conn.our_state is h11.SEND_RESPONSE and self.scope["http_version"] != "1.0":
+            self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
+        self._probing = self.loop.call_later(PROBE_SECONDS, self._probe)
 
     def pause_writing(self) -> None:
         """The client reads slower than it is written to."""

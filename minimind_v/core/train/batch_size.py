@@ -21,6 +21,7 @@ from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.monitor.messages import out_of_memory
 from minimind_v.core.train.distributed import ALONE, World
+from minimind_v.core.train.graph import peak_with_recordings
 from minimind_v.core.train.trial import Trial
 
 HEADROOM = 0.2  # of a CPU's free memory: data workers live there too, and the estimate is a straight line
@@ -135,10 +136,10 @@ def _discarded(device: torch.device) -> Iterator[None]:
 def _by_trial(trial: Trial, sizes: Sequence[int]) -> tuple[int, str]:
     """On a GPU, which raises when it is full: the largest of the sizes (in falling order) that fits."""
     total = _gpu_memory(trial.device)
-    # A run also holds the optimiser's moments, and gradients that stay: those of recorded steps, or DDP's buckets.
+    # A run also holds the optimiser's moments, and gradients that stay where steps are recorded.
     besides = trial.moments * 3 // 2 + int(total * GPU_HEADROOM)
     for size in sizes:
-        in_memory = _goes_through(trial, size, besides)
+        in_memory = _goes_through(trial, size, besides, total)
         gc.collect()
         torch.cuda.empty_cache()
         if in_memory:
@@ -149,16 +150,19 @@ def _by_trial(trial: Trial, sizes: Sequence[int]) -> tuple[int, str]:
     )
 
 
-def _goes_through(trial: Trial, size: int, besides: int) -> bool:
+def _goes_through(trial: Trial, size: int, besides: int, total: int) -> bool:
+    """Whether rows fit beside so many bytes, also once they are recorded; a single row may be without that."""
+    torch.cuda.reset_peak_memory_stats(trial.device)
     try:
         taken = torch.empty(besides, dtype=torch.uint8, device=trial.device)
         trial(size)
+        in_memory = size == 1 or peak_with_recordings(trial.device, trial.moments // 2) <= total
         del taken
     except RuntimeError as error:  # libraries have errors of their own for it
         if not out_of_memory(error):
             raise
         return False
-    return True
+    return in_memory
 
 
 def _gpu_memory(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """Several processes that train one model: their ranks, their exchange of values, and their common end.
 
 `launch`, torchrun or Slurm starts them, and each reads its rank from its environment. Numbers and objects travel over
-the CPU; torch's DistributedDataParallel averages gradients.
+the CPU, gradients from device to device.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ from __future__ import annotations
 import gc
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # imported after the processes have met, it would keep their group for ever
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
-from minimind_v.core.data.batch import stand_in
 from minimind_v.core.errors import LostContact, UsageError
 from minimind_v.core.formats.hf.read import VISION
-from minimind_v.core.model.vlm import VLM, Output
+from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.launch import way_to
 
+# So long may the others wait while one evaluates. A process that is lost ends its connections, and so the wait.
+LONGEST_WAIT = timedelta(days=7)
 # Messages of torch's backends after another process has ended.
 _GONE = re.compile(r"closed by peer|reset by peer|gloo|nccl|broken pipe|socket|store|connection", re.IGNORECASE)
 
@@ -41,6 +41,7 @@ class World:
     local_rank: int = 0  # on this machine
     restarts: int = 0  # of all processes
     placed: bool = False  # whether a launcher started this process
+    _patient: list[Any] = field(default_factory=list, compare=False, repr=False)  # the group for long waits
 
     @classmethod
     def find(cls, environment: Mapping[str, str] = os.environ) -> World:
@@ -80,6 +81,7 @@ class World:
             store, _, _ = next(rendezvous("env://", self.rank, self.size))
             fresh = dist.PrefixStore(f"start{self.restarts}", store)
             dist.init_process_group(backend, store=fresh, rank=self.rank, world_size=self.size)
+            self._patient.append(dist.new_group(timeout=LONGEST_WAIT, backend="gloo"))
 
     def leave(self) -> None:
         """Disconnect, after the run has released its model.
@@ -88,7 +90,8 @@ class World:
         by SIGABRT.
         """
         if self.size > 1 and dist.is_initialized():
-            gc.collect()  # a shared model holds the group
+            self._patient.clear()
+            gc.collect()  # a circle may hold a group
             dist.destroy_process_group()
 
     @contextmanager
@@ -128,61 +131,25 @@ class World:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    # --- gradients ----------------------------------------------------------------------------------------------------
+    def add_up(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over all processes, on its device; a GPU does so behind what it was given."""
+        dist.all_reduce(tensor)
 
-    def share(self, model: VLM, pad_id: int) -> nn.Module:
-        """The model with gradients averaged over all processes during the backward pass.
-
-        Where a pass may leave out parameters, such as an expert without a token, each pass searches for them. That also
-        keeps the first buckets, so that three and more numbers are added up in the same order after a resume. Elsewhere
-        a pass before the first step decides the buckets, and the projector gets a gradient of 0 without an image.
-        """
+    def share_weights(self, model: VLM) -> None:
+        """Give all processes the weights of the leading one, but not the vision encoder, which each has read."""
         if self.size == 1:
-            return model
-        padding = stand_in(pad_id).to(model.device).tokens
-        whole = _WholeModel(model)
-        search = model.config.use_moe or not whole.reaches_all(padding)
-        given: nn.Module = model if search else whole
-        named = (*given.named_parameters(), *given.named_buffers())
-        frozen = [name for name, _ in named if name.removeprefix("model.").startswith(VISION)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(given, frozen)  # each process has read it
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about a name that older versions need
-            ddp_model = DistributedDataParallel(
-                given, find_unused_parameters=search, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-        if not search:
-            ddp_model(**padding).loss_sum.backward()
-            model.zero_grad(set_to_none=True)
-        return ddp_model
+            return
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if not name.startswith(VISION):
+                dist.broadcast(tensor.detach(), src=0)
 
-
-class _WholeModel(nn.Module):
-    """A model each pass of which reaches the projector too: without an image its gradient is 0."""
-
-    def __init__(self, model: VLM) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image_features: Tensor | None = None, **tokens: Tensor) -> Output:
-        """As VLM.forward, with labels."""
-        out: Output = self.model(image_features=image_features, **tokens)
-        if image_features is None:
-            assert out.loss_sum is not None
-            out.loss_sum = out.loss_sum + 0 * sum(weight.sum() for weight in self.model.vision_proj.parameters())
-        return out
-
-    def reaches_all(self, tokens: dict[str, Tensor]) -> bool:
-        """Whether a pass over these tokens gives every trainable parameter a gradient."""
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return None not in torch.autograd.grad(self(**tokens).loss_sum, trainable, allow_unused=True)
+    def await_leader(self) -> None:
+        """Wait, for longer than for other exchanges, until the leading process has come here too."""
+        if self.size > 1:
+            dist.barrier(self._patient[0])
 
 
 ALONE = World()
-
-
-def alone_or_last(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """A context for the passes of one batch of several: only the last one averages gradients."""
-    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
 def slurm_address(environment: Mapping[str, str]) -> dict[str, str]:

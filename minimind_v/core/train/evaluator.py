@@ -30,8 +30,6 @@ from minimind_v.core.rows.splits import LEARN
 from minimind_v.core.train.run_folder import RunFolder
 from minimind_v.core.wording import plural
 
-SHOWN = 5  # skipped questions that are named
-
 
 class _Stopped(Exception):
     """The run was asked to stop during an evaluation."""
@@ -65,9 +63,9 @@ def check_images(config: RunConfig, chosen: ChosenTask) -> None:
     try:
         read_picture(rows, row, index, 0, row.shown[0])
     except RowError as error:
-        if error.kind == "picture missing":
+        if error.kind == "image missing":
             raise MissingInput(
-                f"{config.eval_data}: its rows name pictures — give their folder, zip or tar with --eval-images"
+                f"{config.eval_data}: its rows name images — give their folder, zip or tar with --eval-images"
             ) from None
 
 
@@ -119,10 +117,12 @@ class Evaluator:
                 f"evaluation: --eval-data are the training rows of {rows.path}, so the figures say nothing about new "
                 f"images — name held-out rows"
             )
-        self._prepared = prepare(self._loaded, chosen, rows, config.eval_limit, config.dtype, features)
+        self._prepared = prepare(
+            self._loaded, chosen, rows, config.eval_limit, config.dtype, features,
+            warn=lambda skipped: listener.warning(f"evaluation: {skipped}"),
+        )  # fmt: skip
         plan = self._prepared.plan
-        for skipped in plan.skipped[:SHOWN]:
-            listener.warning(f"evaluation: skipped: {skipped}")
+        self.available = plan.available  # questions, without eval_limit
         listener.message(
             f"evaluation by {chosen.task.name} before the first step, every {config.eval_every} steps and after the "
             f"last: {plural(len(plan.questions), 'question')} about {plural(plan.pictures, 'image')}; "

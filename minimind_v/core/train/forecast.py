@@ -28,9 +28,10 @@ from minimind_v.core.formats.generations import check_base
 from minimind_v.core.model.projector import projected
 from minimind_v.core.model.vision.spec import read_vision_spec
 from minimind_v.core.monitor.messages import too_little
-from minimind_v.core.monitor.metrics import Listener, StepMetrics
+from minimind_v.core.monitor.metrics import Listener, StepMetrics, TaskScores
 from minimind_v.core.pages.run_report import disk_used
 from minimind_v.core.rows.stores import open_rows
+from minimind_v.core.train.graph import peak_with_recordings
 from minimind_v.core.train.loop import Run
 from minimind_v.core.train.run import assemble
 from minimind_v.core.train.run_folder import RunFolder
@@ -41,6 +42,7 @@ SECONDS = 30.0  # for the measured steps, after the first ENOUGH
 ENOUGH = 3  # measured steps, at least
 WARM, MOST = {"cuda": 10}, {"cuda": 300}  # warm-up steps, and the most measured steps; a GPU is quick
 WARM_ELSEWHERE, MOST_ELSEWHERE = 2, 20
+QUESTIONS = 32  # of an evaluation that is measured
 TRIAL_SECONDS = 4.0  # for a synthetic batch
 CPU_TOKENS = 1024  # of a synthetic batch on a CPU, whose time per token is the same for more
 GPU_TIMES = 5  # measurements of a synthetic batch on a GPU; the fastest counts
@@ -55,7 +57,8 @@ class Forecast:
     samples: int
     tokens: int  # real ones, of all epochs, placeholders included
     supervised_tokens: int
-    seconds: float
+    seconds: float  # evaluations by a task included:
+    evaluation_seconds: float | None  # None: there are none
     memory_bytes: int  # the most that one process held in the measured steps
     disk_bytes: int  # weights, states and records
     price_per_hour: float | None
@@ -87,7 +90,9 @@ def plan(
     first = min(sample.steps // config.epochs, steps)  # in the epoch that encodes the images
     watch, later, memory, disk = _measure(config, steps, first)
     tokens, new = (_of_run(sample, count, sample.counted.kept) for count in (steps, first))
-    time = (watch.per_token * new + later.per_token * (tokens - new)) / config.gpus
+    training = (watch.per_token * new + later.per_token * (tokens - new)) / config.gpus
+    evaluating, evaluated = evaluation_time(config, watch, steps)
+    time = training + (evaluating or 0.0)
     remembered = ", and once more with the features cached, as in later epochs" if later is not watch else ""
     several = f", {config.gpus} processes assumed to be {config.gpus} times as fast as one" if config.gpus > 1 else ""
     most = "; the run stops when every answer is correct, so this is an upper limit" if config.until_right else ""
@@ -98,13 +103,14 @@ def plan(
         tokens,
         _of_run(sample, steps, sample.counted.supervised),
         time,
+        evaluating,
         memory,
         disk,
         price_per_hour,
         None if price_per_hour is None else price_per_hour * time / 3600,
         f"{watch.measured} steps of the real run, measured on this machine, reading included{remembered}: "
-        f"{time / steps:.2f} s per step of average length{several}; saving and validation are not included, "
-        f"and longer rows may need more memory{most}",
+        f"{training / steps:.2f} s per step of average length{several}{evaluated}; saving and validation are not "
+        f"included, and longer rows may need more memory{most}",
         [generation_of(config.model).cosine.peak(config.lr), config.lr / 10],
         too_little(config, len(rows), steps),
         as_settings(config),
@@ -120,6 +126,7 @@ class Stopwatch(Listener):
     run: Run
 
     def __init__(self) -> None:
+        self.evaluations: list[TaskScores] = []
         self.warm: StepMetrics | None = None  # the last step of the warm-up
         self.last: StepMetrics | None = None
 
@@ -132,6 +139,9 @@ class Stopwatch(Listener):
         spent = metrics.seconds - (self.warm.seconds if self.warm else 0.0)
         if self.measured >= MOST.get(kind, MOST_ELSEWHERE) or (self.measured >= ENOUGH and spent > SECONDS):
             self.run.total = metrics.step
+
+    def evaluated(self, scores: TaskScores) -> None:
+        self.evaluations.append(scores)
 
     @property
     def measured(self) -> int:
@@ -156,8 +166,10 @@ def _measure(config: RunConfig, steps: int, first: int) -> tuple[Stopwatch, Stop
     with tempfile.TemporaryDirectory(prefix="mmv-plan-") as out:
         few = replace(
             config, out=Path(out), init=NO_INIT, save_every=0, save_minutes=0, val_every=0, until_right=False,
-            recall_rows=0, track="none", gpus=1, eval_every=0,
+            recall_rows=0, track="none", gpus=1, best_by=None,
             max_steps=min(steps, max(first, max(WARM.values()) + ENOUGH)),
+            eval_every=steps if config.eval_every else 0,  # before the first step and after the last
+            eval_limit=min(config.eval_limit, QUESTIONS),
         )  # fmt: skip
         watch.run = run = assemble(few, watch)
         run.run()
@@ -165,12 +177,29 @@ def _measure(config: RunConfig, steps: int, first: int) -> tuple[Stopwatch, Stop
         state = sum(path.stat().st_size for path in folder.states.paths())
         best = folder.weights.stat().st_size if config.val_every or config.best_by else 0
         saves = -(-steps // config.save_every) if config.save_every else 1
-        memory, disk = max(peak_memory()), disk_used(folder.folder) + best + (min(config.keep, saves) - 1) * state
+        device, weights = run.train_step.model.device, sum(weight.nbytes for weight in run.train_step.trainable)
+        recorded = peak_with_recordings(device, weights) if device.type == "cuda" else 0  # most steps are later
+        memory = max(*peak_memory(), recorded)
+        disk = disk_used(folder.folder) + best + (min(config.keep, saves) - 1) * state
         if steps > first and run.train_step.features.store is not None:
             later = Stopwatch()
-            later.run = assemble(replace(few, max_steps=run.progress.done), later, overwrite=True)
+            later.run = assemble(replace(few, max_steps=run.progress.done, eval_every=0), later, overwrite=True)
             later.run.run()
         return watch, later, memory, disk
+
+
+def evaluation_time(config: RunConfig, watch: Stopwatch, steps: int) -> tuple[float | None, str]:
+    """Seconds of all evaluations of a run, of which only the first encodes the images, and how they were measured."""
+    if watch.run.evaluator is None or not watch.evaluations:
+        return None, ""
+    first, last = watch.evaluations[0], watch.evaluations[-1]
+    available = watch.run.evaluator.available
+    count, questions = 1 + -(-steps // config.eval_every), min(config.eval_limit, available)
+    return (
+        (first.seconds + (count - 1) * last.seconds) * questions / first.rows,
+        f"; {plural(count, 'evaluation')} of {plural(questions, 'question')}, measured on {first.rows:,} of them by "
+        "random weights, whose answers may be longer than those of trained ones",
+    )
 
 
 def _of_run(sample: SampleCount, steps: int, counted: int) -> int:
@@ -223,8 +252,8 @@ def estimate(config: RunConfig, row: TypicalRow, rows: float, steps: int) -> Est
     return Estimate(
         passes / count * rows + adamw * steps,
         f"an estimate: {passes:.2f} s for {plural(count, 'synthetic row')} of {length} tokens and "
-        f"{row.pictures:.2g} pictures each, forward and backward with random weights, and {adamw:.3f} s "
-        f"for AdamW, measured just now on {where}; without reading, saving and other programs",
+        f"{row.pictures:.2g} image{'s' * (row.pictures != 1)} each, forward and backward with random weights, and "
+        f"{adamw:.3f} s for AdamW, measured just now on {where}; without reading, saving and other programs",
     )
 
 

@@ -27,6 +27,7 @@ from minimind_v.core.signals import SIGNALS
 
 ERRORS = "MMV_ERRORS"  # the variable that names the folder of the errors
 LAUNCHER = "MMV_LAUNCHER"  # the launcher's process id: it may have ended before a process asks for its parent
+PROGRAM = "MMV_PROGRAM"  # how the user called the launcher
 SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 MEETING = 600  # seconds that machines may be started apart
 PATIENCE = 600  # seconds that a process may take to finish its step and to save, before it is killed
@@ -77,8 +78,8 @@ def hush() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # errors are raised as well
 
 
-def launch(plan: Launch, arguments: Sequence[str], say: Callable[[str], None]) -> None:
-    """Run `mmv` with these arguments in every process, to the end.
+def launch(plan: Launch, program: str, arguments: Sequence[str], say: Callable[[str], None]) -> None:
+    """Run `mmv` with these arguments in every process, to the end; hints name it as `program`.
 
     Raises the error of the process that failed first, with its exit code; SystemExit where a signal stopped them all.
     """
@@ -93,7 +94,7 @@ def launch(plan: Launch, arguments: Sequence[str], say: Callable[[str], None]) -
         _check_host(plan)
         say(f"{plan.nnodes} machines connect at {plan.rdzv_endpoint}: waiting up to {MEETING} s for the others")
     with tempfile.TemporaryDirectory(prefix="mmv-") as folder:
-        os.environ |= {ERRORS: folder, LAUNCHER: str(os.getpid())}
+        os.environ |= {ERRORS: folder, LAUNCHER: str(os.getpid()), PROGRAM: program}
         try:
             launch_agent(_elastic(plan), sys.executable, ["-m", "minimind_v", *arguments])
         except ChildFailedError as error:
@@ -109,7 +110,7 @@ def launch(plan: Launch, arguments: Sequence[str], say: Callable[[str], None]) -
             first = (str(error) or type(error).__name__).splitlines()[0]
             raise RunError(f"{_met_nobody(plan)} ({first})") from None
         finally:
-            del os.environ[ERRORS]  # this process reports its own errors
+            del os.environ[ERRORS], os.environ[PROGRAM]  # this process reports its own errors
 
 
 def _check_host(plan: Launch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from signal import Signals
@@ -22,13 +22,14 @@ from minimind_v.core.monitor.metrics import Best, Listener, StepMetrics
 from minimind_v.core.signals import StopRequest
 from minimind_v.core.train.distributed import ALONE, World
 from minimind_v.core.train.progress import Progress, StepRows
-from minimind_v.core.train.recall import RecallReport
+from minimind_v.core.train.recall import RecallReport, recall_own
 from minimind_v.core.train.records import Records
 from minimind_v.core.train.resume import State, named_trainable, unpack
 from minimind_v.core.train.run_folder import RunFolder
 from minimind_v.core.train.saver import Saver
 from minimind_v.core.train.step import PendingStep, TrainStep
 from minimind_v.core.train.validate import Validator
+from minimind_v.core.wording import plural
 
 if TYPE_CHECKING:
     from minimind_v.core.train.evaluator import Evaluator
@@ -40,7 +41,7 @@ RIGHT_EPOCHS = 2  # after one epoch, later steps had made one of twelve answers 
 class Summary:
     """The end of a run."""
 
-    weights: Path
+    weights: Path  # those it started from, where there was nothing to learn
     best_weights: Path
     metrics: Path
     steps: int
@@ -78,6 +79,7 @@ class Run:
     records: Records | None = None
     recall: RecallReport | None = None
     evaluator: Evaluator | None = None
+    unsaid: list[str] = field(default_factory=list)  # warnings of this process for the leading one to report
 
     def __post_init__(self) -> None:
         self.total = min(len(self.plan), self.config.max_steps or len(self.plan))
@@ -85,6 +87,7 @@ class Run:
         self.best: Best | None = None
         self.stopped_by: Signals | None = None
         self._launched: Launched | None = None  # the last step, until its result is read
+        self._save_due = False  # after that step
 
     def resume(self, state: State) -> None:
         """Continue from a state, bit for bit as if the run had never been interrupted."""
@@ -101,6 +104,12 @@ class Run:
             if self.saver:  # it may have ended between its state and its weights
                 self.saver.write_weights()
             return self._summary()
+        if not begun and (weights := self._right_already()):
+            self.listener.message(
+                f"nothing to learn: {weights} answers every row of {self.config.data.file} correctly "
+                f"({plural(self.plan.rows, 'row')}), so no step is done and no weights are written"
+            )
+            return replace(self._summary(), weights=weights)
         self.best = self.records.open(begun) if self.records else None
         self.train_step.model.train()
         self._announce()
@@ -133,6 +142,7 @@ class Run:
         begun = self.progress.done
         if self._evaluates_at(begun) and self.records and self.records.evaluated_step != begun:
             self._evaluate()  # before the first step, or where an interruption came before it
+        self.world.await_leader()
         steps = encode_ahead(self._batches(), self.train_step.features)
         for step, batches in enumerate(steps, begun + 1):
             launched = self._launch(step, batches)
@@ -147,7 +157,8 @@ class Run:
                 self._validate(self.validator, step)
             if self._evaluates_at(step):
                 self._evaluate()
-            if self.saver and self._saves(step):
+                self.world.await_leader()
+            if self.saver and self._save_due:
                 self.saver.save(step, self.progress.state())
             if self.world.size == 1:  # several must stop after the same step
                 self.stopped_by = self.stop.signal
@@ -155,21 +166,22 @@ class Run:
                 return
 
     def _is_stop(self, step: int) -> bool:
-        """Whether what follows a step needs its result and its weights, so that the next step may not be launched."""
+        """Whether what follows a step needs its result and its weights, so that the next step may not be launched.
+
+        All processes give the same answer: when they read a bad step, they exchange its rows.
+        """
         ends_epoch = self.config.until_right and step % self.plan.steps_per_epoch == 0
-        stops = step >= self.total or ends_epoch or self.stop.signal is not None
+        signal = self.stop.signal if self.world.size == 1 else self.stopped_by
+        stops = step >= self.total or ends_epoch or signal is not None or self._save_due
         # After a bad step the next one may end the run, and must then be the last that was launched.
         stops = stops or self.progress.counts.skipped > 0
-        return stops or self._validates(step) or self._evaluates_at(step) or self._saves(step)
+        return stops or self._validates(step) or self._evaluates_at(step)
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step in (1, self.total)
 
     def _validates(self, step: int) -> bool:
         return self.validator is not None and (step % self.config.val_every == 0 or step == self.total)
-
-    def _saves(self, step: int) -> bool:
-        return self.saver is not None and step < self.total and self.saver.is_due(step, self._is_logged(step))
 
     def _batches(self) -> Iterator[list[Batch] | None]:
         """The micro-batches of each step for this process, fetched when they are needed.
@@ -189,11 +201,11 @@ class Run:
         """Begin a step over all processes; None, without a step, if one was stopped before it had its batches."""
         self.listener.batches(fetched or [])
         batches = [batch for batch in fetched or () if batch.supervised]
-        rows = self.progress.count(step, fetched, batches, self._total)
+        rows = self.progress.count(step, fetched, batches, partial(self._total, step))
         if rows is None:
             return None
         lr = generation_of(self.config.model).cosine.rate(step, self.total, self.config.lr)
-        pending = self.train_step(batches, rows.supervised, rows.rows, lr, self._total, rows.images)
+        pending = self.train_step(batches, rows.supervised, rows.rows, lr, rows.images)
         return Launched(step, batches, rows, lr, pending)
 
     def _finish(self) -> None:
@@ -230,12 +242,32 @@ class Run:
         if self.saver:
             self.saver.report()
 
-    def _total(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over all processes. A signal to one of them is gathered too, so that all stop together."""
-        *columns, signals = zip(*self.world.gather([*numbers, self.stop.signal or 0]), strict=True)
+    def _total(self, step: int, numbers: Sequence[float]) -> list[float]:
+        """Sums over all processes, exchanged before a step.
+
+        With them each learns whether a signal came to one, so that all stop after this step, whether the leading one
+        saves after it, and whether one has a warning.
+        """
+        saves = self.saver is not None and step < self.total and self.saver.is_due(step, self._is_logged(step))
+        everyone = self.world.gather([*numbers, len(self.unsaid), saves, self.stop.signal or 0])
+        *columns, unsaid, due, signals = zip(*everyone, strict=True)
+        self._save_due = any(due)
+        if any(unsaid):
+            for rank, warnings in enumerate(self.world.gather_objects(self.unsaid)):
+                for line in warnings:
+                    self.listener.warning(f"process {rank}: {line}")
+            self.unsaid.clear()
         if any(signals):
             self.stopped_by = Signals(int(max(signals)))
         return [sum(column) for column in columns]
+
+    def _right_already(self) -> Path | None:
+        """With `until_right`, in one process: the initial weights, if they answer every row correctly."""
+        if not self.config.until_right or self.world.size > 1:
+            return None
+        with explained(self.config):
+            own = recall_own(self.config, self.plan, self.plan.rows)(self.train_step)
+        return self.config.init if own and (own.rows, own.token_accuracy) == (self.plan.rows, 1) else None
 
     def _end_if_right(self, step: int) -> None:
         """With `until_right`, end the run after RIGHT_EPOCHS whole epochs of right answers."""
@@ -255,20 +287,21 @@ class Run:
             self._keep_best(best)
 
     def _evaluates_at(self, step: int) -> bool:
-        return self.evaluator is not None and (step % self.config.eval_every == 0 or step == self.total)
+        return bool(self.config.eval_every) and (step % self.config.eval_every == 0 or step == self.total)
 
     def _evaluate(self) -> None:
         """Measure the weights by a task, and keep them if they are the best so far. Its time is not the run's.
 
-        It ends early where the run is asked to stop, and comes again after a resume. Several processes stop at the next
-        step together, so there it goes on.
+        Only the leading process does. It ends early where the run is asked to stop, and comes again after a resume.
+        Several processes stop at the next step together, so there it goes on.
         """
-        assert self.evaluator is not None
+        if self.evaluator is None:
+            return
         begun, step = time.perf_counter(), self.progress.done
         try:
             scores = self.evaluator(step, lambda: self.world.size == 1 and self.stop.signal is not None)
         except MmvError as error:
-            self.listener.warning(f"step {step}: not evaluated: {error}")
+            self.listener.lost(f"step {step}: not evaluated: {error}")
         else:
             if scores is not None:
                 best = self.evaluator.best_of(scores)
@@ -302,6 +335,10 @@ class Run:
         rows = self.plan.rows_per_step
         about = announcement(config, self.plan, self.total, rows, self.train_step.model, where)
         self.listener.message(f"{about}; weights go to {RunFolder(config).weights}")
+        if self.world.size == 1 and config.reduce_dtype != RunConfig.reduce_dtype:
+            self.listener.warning(
+                f"--reduce-dtype {config.reduce_dtype} changes nothing: one process exchanges no gradients"
+            )
         if not self.progress.done:
             for line in before_the_start(config, self.plan, self.total):
                 self.listener.warning(line)

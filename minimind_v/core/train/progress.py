@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,8 +16,10 @@ from minimind_v.core.monitor.messages import BrokenRows, not_finite
 from minimind_v.core.monitor.metrics import Listener
 from minimind_v.core.rows.row import NOTES, describe_notes, describe_text_rows
 from minimind_v.core.train.distributed import World
-from minimind_v.core.train.step import StepResult, Total
+from minimind_v.core.train.step import StepResult
 from minimind_v.core.wording import plural
+
+Total = Callable[[Sequence[float]], list[float]]  # numbers of this process → their sums over all processes
 
 PATIENCE = 5  # steps in a row without a finite loss and gradient before a run ends
 

@@ -116,7 +116,7 @@ class RecallReport:
             if isinstance(earlier, Recall) and "before" in recorder.recalled:
                 recorder.recall("after", earlier(self.train_step))
         except MmvError as error:  # a row that is broken by now must not fail a finished run
-            recorder.warning(f"learning and forgetting were not measured: {error}")
+            recorder.lost(f"learning and forgetting were not measured: {error}")
             return
         why = earlier if isinstance(earlier, str) else "the rows could not be measured before the run"
         messages, warnings = recalled(config, RunFolder(config).weights, recorder.recalled, why)
@@ -126,11 +126,11 @@ class RecallReport:
             recorder.warning(line)
 
 
-def recall_own(config: RunConfig, plan: BatchPlan) -> Recall:
-    """The training rows of the run, OWN_ROWS at most."""
+def recall_own(config: RunConfig, plan: BatchPlan, most: int = OWN_ROWS) -> Recall:
+    """The training rows of the run, so many at most."""
     return Recall(
         str(config.data.file),
-        BatchPlan(plan.dataset.for_evaluation(), BATCH, plan.pad_id, keep=plan.kept, limit=OWN_ROWS),
+        BatchPlan(plan.dataset.for_evaluation(), BATCH, plan.pad_id, keep=plan.kept, limit=most),
         config.dtype,
     )
 

@@ -28,7 +28,7 @@ def errors_as_warnings(listener: Listener, step: int) -> Iterator[None]:
     try:
         yield
     except RunError as error:
-        listener.warning(f"step {step}: {error}")
+        listener.lost(f"step {step}: {error}")
 
 
 class Records:
@@ -96,7 +96,7 @@ class Records:
         try:
             write_report(self.folder.folder, self.recorder.warning)
         except MmvError as error:  # a full disk, or no metrics because of one
-            self.recorder.warning(f"no report: {error}")
+            self.recorder.lost(f"no report: {error}")
 
     def close(self) -> None:
         self._metrics.close()

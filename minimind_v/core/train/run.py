@@ -101,12 +101,12 @@ def assemble(
     data = open_data(config, model.spec, tokenizer, claim.origin, folder.folder, world, listener)
     model = accelerate(model.to(device), device)
     features = open_features(config, model, data, listener)
-    train_step = TrainStep(config, model, features, data.plan.pad_id, world, listener.warning)
+    unsaid: list[str] = []
+    train_step = TrainStep(config, model, features, world, listener.warning if world.leads else unsaid.append)
     validator = Validator(data.held_out, config.dtype, world.gather) if data.held_out else None
-    run = Run(config, data.plan, train_step, listener, world, validator)
+    run = Run(config, data.plan, train_step, listener, world, validator, unsaid=unsaid)
     if world.leads:
-        loaded = bool(receipt.loaded)
-        start = Start(config, loaded, bool(receipt.new), _same_tokenizer(config, claim), data.plan.rows)
+        start = Start(config, bool(receipt.loaded), bool(receipt.new), _same_tokenizer(config, claim), data.plan.rows)
         run.saver = Saver(config, folder, claim.origin, train_step, companions, listener)
         run.records = Records(config, folder, claim.origin, start, recorder, world.size)
         if chosen:
@@ -114,7 +114,7 @@ def assemble(
 
             run.evaluator = Evaluator(config, chosen, model, tokenizer, features, listener)
         if config.recall_rows:
-            run.recall = RecallReport(config, data.plan, train_step, recorder, loaded, world.size)
+            run.recall = RecallReport(config, data.plan, train_step, recorder, bool(receipt.loaded), world.size)
     if claim.state is not None:
         run.resume(claim.state)
     if device.type == "cuda" and world.size == 1 and not config.deterministic:

@@ -126,7 +126,7 @@ class Saver:
             self.listener.saved(step)
         elif isinstance(error, RunError):
             self._owed = True  # it is tried again
-            self.listener.warning(f"step {step}: {error}")
+            self.listener.lost(f"step {step}: {error}")
         else:
             raise error
 

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import unwrap
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from minimind_v.core.config.schema import RunConfig
-from minimind_v.core.data.batch import Batch, stand_in
+from minimind_v.core.cuda_graph import record_cuda
+from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureCache
 from minimind_v.core.device import autocast, has_fused_adamw
-from minimind_v.core.generate.cuda_graph import record_cuda
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.train.distributed import ALONE, World, alone_or_last
+from minimind_v.core.train.distributed import ALONE, World
 from minimind_v.core.train.freeze import freeze
+from minimind_v.core.train.gradients import Gradients
 from minimind_v.core.train.graph import StepGraphs
 
 # Positions that a CPU computes together, or one row. Of 1,200 a step takes some 2 % longer; 2,400 save another 1 % and
 # take a sixth more of the run's memory.
 CPU_POSITIONS = 1600
-
-Total = Callable[[Sequence[float]], list[float]]  # numbers of this process → their sums over all processes
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,12 @@ class StepResult:
 class PendingStep:
     """A step that is launched. A device may still be doing it."""
 
-    def __init__(self, numbers: Tensor, total: Total) -> None:
-        """numbers [n + 2]: what each micro-batch of this process adds to the loss, tokens predicted right, norm."""
+    def __init__(self, numbers: Tensor, world: World) -> None:
+        """numbers [n + 3]: what each micro-batch of this process adds to the loss; then, of all, loss, right tokens
+        and norm.
+        """
         late = numbers.device.type == "cuda"  # to pinned memory
-        self._numbers, self._total, self._ready = numbers.to("cpu", non_blocking=late), total, lambda: None
+        self._numbers, self._world, self._ready = numbers.to("cpu", non_blocking=late), world, lambda: None
         if late:
             self._ready = torch.cuda.current_stream(numbers.device).record_event().synchronize
 
@@ -57,9 +59,25 @@ class PendingStep:
     def result(self) -> StepResult:
         """The numbers of the step, over all processes. The first call waits for the device."""
         self._ready()
-        *losses, correct, grad_norm = self._numbers.tolist()
-        loss, correct_of_all = self._total([sum(losses), correct])
-        return StepResult(float(loss), grad_norm, int(correct_of_all), losses)
+        *losses, loss, correct, grad_norm = self._numbers.tolist()
+        return StepResult(loss if self._world.size > 1 else float(sum(losses)), grad_norm, int(correct), losses)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, with its fused form where that was tried.
+
+    torch keeps its compiler out of these methods by wrappers that import that compiler, for a second at the start of
+    each run. Nothing compiles them here.
+    """
+
+    add_param_group = unwrap(torch.optim.AdamW.add_param_group)
+    state_dict = unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = unwrap(torch.optim.AdamW.load_state_dict)
+    zero_grad = unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+    def __init__(self, weights: Iterable[Tensor], lr: float, device: torch.device, weight_decay: float = 0.01) -> None:
+        super().__init__(weights, lr, weight_decay=weight_decay, fused=has_fused_adamw(device))
 
 
 class TrainStep:
@@ -70,49 +88,46 @@ class TrainStep:
         config: RunConfig,
         model: VLM,
         features: FeatureCache,
-        pad_id: int = 0,
         world: World = ALONE,
         warn: Callable[[str], None] = print,
     ) -> None:
         """The model is on its device; this applies `config.freeze`. `warn` gets what slows its steps down."""
-        self.config, self.model, self.features, self.pad_id, self.world = config, model, features, pad_id, world
+        self.config, self.model, self.features, self.world = config, model, features, world
         self.trainable = freeze(model, config.freeze)
         self.divisible = not model.config.balances_batches
-        # A lone GPU decides itself whether a step counts, so that its numbers can be read when it has the next one.
-        self.late = model.device.type == "cuda" and world.size == 1
-        fused = has_fused_adamw(model.device)
-        self.optimiser = torch.optim.AdamW(self.trainable, config.lr, weight_decay=config.weight_decay, fused=fused)
-        self.ddp_model = world.share(model, pad_id)
-        projector = list(model.vision_proj.parameters())
-        self.needs_images = projector if len(projector) < len(self.trainable) else []
-        self.graphs = StepGraphs(config, model, self.optimiser, record_cuda, warn) if self.late else None
+        # A GPU decides itself whether a step counts, so that its numbers can be read when it has the next one.
+        self.late = model.device.type == "cuda"
+        self.optimiser = AdamW(self.trainable, config.lr, model.device, config.weight_decay)
+        world.share_weights(model)
+        self.graphs = StepGraphs(config, model, self.optimiser, record_cuda, warn, world) if self.late else None
+        several = world.size > 1 and not self.graphs
+        self._gradients = Gradients(self.trainable, world, config.reduce_dtype) if several else None
 
-    def __call__(
-        self, batches: list[Batch], supervised: int, rows: int, lr: float, total: Total = list, images: int = 1
-    ) -> PendingStep:
+    def __call__(self, batches: list[Batch], supervised: int, rows: int, lr: float, images: int = 1) -> PendingStep:
         """One step over this process's micro-batches: the loss is a mean over `supervised` tokens in `rows` rows.
 
-        Both, and `images`, are counted over all processes, for which `total` adds up. Without a supervised token
-        nothing changes, and neither does it where the loss or the gradient is not finite.
+        Both, and `images`, are counted over all processes. Without a supervised token nothing changes, and neither does
+        it where the loss or the gradient is not finite.
         """
         if not supervised:
-            return PendingStep(torch.zeros(2), total)
+            return PendingStep(torch.zeros(3), self.world)
         if self.graphs:
             device, features = self.model.device, self.features
             pieces = (piece for batch in batches for piece in encoded_pieces(batch, features, device, False))
-            numbers = self.graphs(pieces, supervised, rows, lr)
+            numbers = self.graphs(pieces, supervised, rows, lr, images)
             increment_version(self.trainable)
-            return PendingStep(numbers, total)
+            return PendingStep(numbers, self.world)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         losses, correct = self.backward(batches, supervised, rows)
-        if not images:  # as without other processes, so that AdamW leaves it alone
-            for weight in self.needs_images:
-                weight.grad = None
+        loss = sum(losses, torch.zeros_like(correct))
+        if self._gradients:
+            self._gradients.exchange(loss, correct, self._gradients.collect(), images)
+            loss, correct = self._gradients.loss, self._gradients.correct
         grad_norm = nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
-        step = PendingStep(torch.stack([*losses, correct, grad_norm]), total)
+        step = PendingStep(torch.stack([*losses, loss, correct, grad_norm]), self.world)
         if self.late:
-            self.optimiser.found_inf = (~torch.isfinite(sum(losses, grad_norm))).float()  # type: ignore[attr-defined]
+            self.optimiser.found_inf = (~torch.isfinite(loss + grad_norm)).float()  # type: ignore[attr-defined]
         if self.late or step.result.finite:
             self.optimiser.step()
             # A fused step keeps the version, and caches of the weights would stay.
@@ -121,24 +136,16 @@ class TrainStep:
         return step
 
     def backward(self, batches: list[Batch], supervised: int, rows: int) -> tuple[list[Tensor], Tensor]:
-        """Gradients of this process's micro-batches, averaged with those of the others in the last backward pass.
-
-        Returns what each adds to the loss, and how many tokens were predicted right. A process without a micro-batch
-        computes an unsupervised stand-in, since all processes must take part.
-        """
+        """Gradients of this process's micro-batches; returns what each adds to the loss, and the right tokens."""
         device, losses = self.model.device, list[Tensor]()
         correct = torch.zeros((), device=device)
-        counted, batches = bool(batches), batches or [stand_in(self.pad_id)]
-        for number, batch in enumerate(batches, 1):
+        for batch in batches:
             losses.append(torch.zeros((), device=device))
-            pieces = encoded_pieces(batch, self.features, device, self.divisible)
-            for piece in pieces:
-                with alone_or_last(self.ddp_model, number == len(batches) and piece is pieces[-1]):
-                    with autocast(device, self.config.dtype):
-                        out = self.ddp_model(**piece.tokens, image_features=piece.image_features)
-                    share = len(piece) / rows if counted else 0.0
-                    loss = out.loss_sum / supervised + out.aux_loss * share
-                    (loss * self.world.size).backward()  # gradients of several processes are averaged
+            for piece in encoded_pieces(batch, self.features, device, self.divisible):
+                with autocast(device, self.config.dtype):
+                    out = self.model(**piece.tokens, image_features=piece.image_features)
+                loss = out.loss_sum / supervised + out.aux_loss * (len(piece) / rows)
+                loss.backward()
                 losses[-1] += loss.detach()
                 correct += out.correct.sum()
         return losses, correct

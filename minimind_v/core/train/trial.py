@@ -15,14 +15,15 @@ from minimind_v.core.config.generation import V2025, V2026
 from minimind_v.core.config.schema import CLIP_VISION, SIGLIP_VISION, RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
-from minimind_v.core.device import has_fused_adamw, wait_for
+from minimind_v.core.device import wait_for
 from minimind_v.core.formats.vision_tower import load_encoder
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.loss import IGNORE
+from minimind_v.core.model.loss import supervised as supervised_of
 from minimind_v.core.model.vision.encoder import VisionEncoder, read_vision_spec
 from minimind_v.core.model.vision.spec import read_tower_config
 from minimind_v.core.model.vlm import VLM
-from minimind_v.core.train.step import TrainStep
+from minimind_v.core.train.step import AdamW, TrainStep
 
 PROBE = 2**22  # numbers that AdamW is measured with
 
@@ -62,13 +63,13 @@ class Trial:
         return 18 * self.length + 3 * self.spec.image_size**2 + self.feature_bytes
 
     def __call__(self, rows: int) -> None:
-        """Forward and backward over the largest possible rows: full length, an image each, all supervised.
+        """Forward and backward over the largest possible rows. Raises torch's errors if memory is full."""
+        self.passes(self.largest(rows))
 
-        Raises torch's errors if memory is full.
-        """
+    def largest(self, rows: int) -> Batch:
+        """Rows of full length, with an image each, all supervised."""
         images = int(self.spec.tokens_per_image + 2 <= self.length)
-        supervised = self.length - images * self.spec.tokens_per_image
-        self.passes(self.batch([images] * rows, self.length, supervised))
+        return self.batch([images] * rows, self.length, self.length - images * self.spec.tokens_per_image)
 
     def batch(self, images: list[int], length: int, supervised: int) -> Batch:
         """Rows of random tokens: `images` of each at the beginning, so many supervised tokens at the end."""
@@ -78,7 +79,12 @@ class Trial:
         labels = torch.where(torch.arange(length) >= length - supervised, ids, IGNORE)
         size = (sum(images), 3, self.spec.image_size, self.spec.image_size)
         pixels = torch.zeros(size, dtype=torch.uint8) if sum(images) else None
-        return Batch(ids, torch.ones(shape, dtype=torch.bool), labels, image_mask, pixels, keys=[b""] * sum(images))
+        supervised_positions, targets = supervised_of(labels)
+        return Batch(
+            ids, torch.ones(shape, dtype=torch.bool), labels, image_mask, pixels, keys=[b""] * sum(images),
+            image_positions=image_mask.flatten().nonzero()[:, 0], supervised_positions=supervised_positions,
+            targets=targets,
+        )  # fmt: skip
 
     def passes(self, batch: Batch) -> None:
         """Encode the images, then forward and backward."""
@@ -89,7 +95,7 @@ class Trial:
         """Seconds of AdamW for all trainable numbers, which take the same time each."""
         probe = torch.zeros(min(self.trainable, PROBE), device=self.device, requires_grad=True)
         probe.grad = torch.zeros_like(probe)
-        optimiser = torch.optim.AdamW([probe], lr=0.0, fused=has_fused_adamw(self.device))
+        optimiser = AdamW([probe], 0.0, self.device)
         optimiser.step()  # makes its state
         return seconds(self.device, optimiser.step) * self.trainable / len(probe)
 

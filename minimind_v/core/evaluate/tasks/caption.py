@@ -15,6 +15,7 @@ from minimind_v.core.evaluate.questions import Question
 from minimind_v.core.evaluate.statistics import Metric
 from minimind_v.core.evaluate.tasks.task import Task, Verdict, share
 from minimind_v.core.rows.forms import DESCRIBE, DESCRIBE_CHINESE
+from minimind_v.core.rows.row import NUMBERED
 
 # sacrebleu sums the statistics of sentences for a corpus, and so does `Metric`; its own names for the two steps are
 # private, but the same in all its metrics and releases. `zh` leaves English words as they are.
@@ -51,7 +52,7 @@ class Caption(Task):
         together: dict[tuple[Any, ...], Question] = {}
         for question in questions:
             describes = question.text in (DESCRIBE, DESCRIBE_CHINESE)
-            named = bool(question.images) and not question.images[0].startswith("picture ")
+            named = bool(question.images) and not NUMBERED.fullmatch(question.images[0])
             key: tuple[Any, ...] = (question.images, question.text) if describes and named else (question.id,)
             first = together.setdefault(key, question)
             if first is not question:

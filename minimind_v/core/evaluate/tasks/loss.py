@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from minimind_v.core.evaluate.ask import Ask, Reply
+from minimind_v.core.evaluate.ask import Ask, Reply, perplexity
 from minimind_v.core.evaluate.questions import Question
 from minimind_v.core.evaluate.statistics import Metric
 from minimind_v.core.evaluate.tasks.task import Task, Verdict
 
 LANGUAGES = ("", "_zh", "_en")
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 50.0))
 
 
 class Loss(Task):
@@ -25,7 +20,7 @@ class Loss(Task):
         for language in LANGUAGES
         for metric in (
             Metric(f"loss{language}", is_share=False),
-            Metric(f"perplexity{language}", is_share=False, link=_perplexity),
+            Metric(f"perplexity{language}", is_share=False, link=perplexity),
         )
     )
     gain = "loss"

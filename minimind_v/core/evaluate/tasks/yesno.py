@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 from minimind_v.core.evaluate.ask import Reply
 from minimind_v.core.evaluate.questions import Question
@@ -29,13 +30,21 @@ def yes_or_no(text: str) -> bool | None:
     return True if YES.search(first) else None
 
 
+def _dice(jaccard: Any) -> Any:
+    """F1 from the share of questions with both a true and an answered yes among those with either.
+
+    That share is one of equal rows, as F1 itself, which counts some twice, is not.
+    """
+    return 2 * jaccard / (1 + jaccard)
+
+
 class YesNo(Task):
     """The generated answer as yes or no. What is neither is wrong, and not a yes.
 
     Precision, recall and F1 are those of yes.
     """
 
-    metrics = tuple(map(Metric, ("accuracy", "precision", "recall", "f1", "yes_share")))
+    metrics = (*map(Metric, ("accuracy", "precision", "recall")), Metric("f1", link=_dice), Metric("yes_share"))
 
     def check(self, question: Question) -> None:
         super().check(question)
@@ -51,7 +60,7 @@ class YesNo(Task):
             "accuracy": share(right),
             "precision": [both, yes],
             "recall": [both, float(truth is True)],
-            "f1": [2 * both, yes + float(truth is True)],
+            "f1": [both, float(answer is True or truth is True)],
             "yes_share": share(yes),
         }
         return Verdict(text, "yes" if truth else "no", right, statistics, replies[0].probability)

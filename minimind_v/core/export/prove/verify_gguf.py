@@ -175,7 +175,7 @@ def _compare_llama(report: Report, loaded: LoadedModel, answers: dict[str, np.nd
         whole += _each_apart(ours, theirs)
         likely += (ours.argmax(-1) == torch.tensor(tokens)).tolist()
     allowed = ALLOWED.get(quantize, float("inf"))
-    for name, apart in (("picture features", projected), ("logits", logits)):
+    for name, apart in (("image features", projected), ("logits", logits)):
         if apart:
             finding = f"{median(apart):.2%} of the largest value: median difference; largest {max(apart):.2%}"
             report.add(name, finding, median(apart) <= allowed)
@@ -211,7 +211,7 @@ def _ids(tokens: Tokens) -> list[int]:
 
 
 def _pixels(number: int, size: int) -> Tensor:
-    return torch.from_numpy(to_pixels(images()[number], size))
+    return torch.from_numpy(to_pixels(images()[number], size).copy())
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from minimind_v.core.formats.hf import lfm2_names as lfm2
 from minimind_v.core.formats.hf.differences import refuse_other_classes, refuse_other_settings
 from minimind_v.core.formats.hf.names import EMBEDDING, HEAD, TEXT, TOWER, from_llava, module_name
 from minimind_v.core.formats.tensor_files import read_tensors
-from minimind_v.core.hub.sources import META, WEIGHTS_ENDINGS
+from minimind_v.core.hub.sources import META
 from minimind_v.core.wording import plural
 
 VISION = "vision_encoder."
@@ -97,9 +97,7 @@ def weight_files(folder: Path) -> list[Path]:
             return files
     if (folder / "config.json").is_file():
         raise WeightsError(f"{folder}: has a config.json but no weights ({' or '.join(WEIGHTS)}) — download it again")
-    inside = ", ".join(path.name for path in sorted(folder.iterdir()) if path.suffix in WEIGHTS_ENDINGS)
-    which = f"one of {inside}" if inside else "the .pth or .safetensors"
-    raise WeightsError(f"{folder}: a folder, not a weights file — name {which} in it")
+    raise WeightsError(f"{folder}: a folder, not a weights file — name a .pth or .safetensors")
 
 
 def _is_name(text: str) -> bool:

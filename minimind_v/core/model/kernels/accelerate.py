@@ -1,7 +1,8 @@
 """Replace the modules of the plain model by faster ones for a device.
 
 A module becomes one of a subclass that computes the same: its parameters, names, hooks and copies stay, and a kernel
-that does not apply (a wrapped Linear, another dtype, no gradient) calls the plain code.
+that does not apply (a wrapped Linear, another dtype, no gradient) calls the plain code. Experts on a GPU also change
+where their weights are stored, but not the parameters.
 """
 
 from __future__ import annotations
@@ -45,11 +46,15 @@ def accelerate(model: Module, device: torch.device) -> Module:
     """Make the modules of a model on this device fast; returns the model. Subclasses of other packages stay plain."""
     plain(model)
     _replace(model, FAST.get(device.type, {}))
+    for experts in _grouped(model):
+        experts.stack()
     return model
 
 
 def plain(model: Module) -> Module:
     """Undo `accelerate`; returns the model."""
+    for experts in _grouped(model):
+        experts.unstack()
     _replace(model, _PLAIN)
     return model
 
@@ -65,6 +70,10 @@ def cast_frozen_once(model: nn.Module) -> None:
 def attention_for(device: torch.device) -> Callable[..., Tensor]:
     """`ops.attention`, or the same function for this device."""
     return apple.attention if device.type == "mps" else ops.attention
+
+
+def _grouped(model: nn.Module) -> list[GroupedExperts]:
+    return [module for module in model.modules() if type(module) is GroupedExperts]
 
 
 def _replace(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:

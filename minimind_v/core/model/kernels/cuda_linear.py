@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_v.core.model.kernels.cpu_linear import state_of
+
+Cast = TypeVar("Cast")
 
 
 class CudaLinear(nn.Linear):
@@ -24,16 +27,20 @@ class CudaLinear(nn.Linear):
         trains = any(parameter.requires_grad for parameter in parameters)
         if trains or dtype == self.weight.dtype or torch.compiler.is_compiling():
             return super().forward(input)
-        return F.linear(input, *self._cast(parameters, dtype))
+        casts = keep_cast(self, "linear", parameters, lambda: [tensor.to(dtype) for tensor in parameters], dtype)
+        return F.linear(input, *casts)
 
-    def _cast(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        state = dtype, state_of(parameters)
-        kept = vars(self).get("_kept")
-        if kept is None or kept[0] != state:
-            with torch.inference_mode(False), torch.no_grad():  # a backward pass may need it too
-                kept = self._kept = state, [parameter.to(dtype) for parameter in parameters]
-        casts: list[Tensor] = kept[1]
-        return casts
+
+def keep_cast(
+    module: nn.Module, name: str, parameters: Sequence[Tensor], cast: Callable[[], Cast], dtype: torch.dtype
+) -> Cast:
+    """A cast of frozen parameters to a type, which a module keeps by name until one of them is written to."""
+    state, kept = (dtype, state_of(parameters)), vars(module).setdefault("_kept", {})
+    if name not in kept or kept[name][0] != state:
+        with torch.inference_mode(False), torch.no_grad():  # a backward pass may need it too
+            kept[name] = state, cast()
+    result: Cast = kept[name][1]
+    return result
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:

@@ -21,6 +21,7 @@ from minimind_v.core.config.schema import (
     VisionSpec,
 )
 from minimind_v.core.errors import MissingInput, UsageError, WeightsError, nearest
+from minimind_v.core.extensions import Table
 from minimind_v.core.files import read_json
 from minimind_v.core.hub.sources import how_to_get
 from minimind_v.core.model.vision.clip_config import ClipConfig
@@ -237,11 +238,11 @@ _CLIP = TowerType(ClipConfig, _build_clip, _describe_clip, trouble_of, unused=("
 _SIGLIP = TowerType(SiglipConfig, _build_siglip, _describe_siglip, trouble_of)
 # SigLIP2 for images of one size computes the same; its config.json has the size where mmv wrote it.
 _SIGLIP2 = TowerType(Siglip2Config, _build_siglip, _describe_siglip, _trouble_of_siglip2)
-TOWERS: dict[str, TowerType] = {
+TOWERS: Table[TowerType] = Table({
     CLIP_VISION: _CLIP,
     "clip": _CLIP,
     SIGLIP_VISION: _SIGLIP,
     "siglip": _SIGLIP,
     "siglip2_vision_model": _SIGLIP2,
     "siglip2": _SIGLIP2,
-}
+})  # fmt: skip

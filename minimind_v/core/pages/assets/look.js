@@ -51,7 +51,7 @@ const TEXTS = {
     total: (bits) => `The image gives ${bits} bits to this answer`,
     toImage: (share) => `${share} of the attention goes to the image, the rest to the text`,
     rivals: "Rivals",
-    heads: "Each layer and head",
+    heads: "Each layer and head:",
     headsHint: "one row for each layer, one column for each head",
     patch: "Patch",
     patchAt: (n, row, column, of) => `Patch in row ${row}, column ${column}${of > 1 ? ` of image ${n}` : ""}`,
@@ -128,7 +128,7 @@ const TEXTS = {
     total: (bits) => `图片给这个回答带来 ${bits} 比特`,
     toImage: (share) => `注意力有 ${share} 落在图片上，其余落在文字上`,
     rivals: "其他候选",
-    heads: "每一层、每个头",
+    heads: "每一层、每个头：",
     headsHint: "每行一层，每列一个头",
     patch: "图块",
     patchAt: (n, row, column, of) => `${of > 1 ? `第 ${n} 张图片，` : ""}第 ${row} 行第 ${column} 列的图块`,
@@ -590,7 +590,8 @@ class Viewer {
     this.layerLabel.lastChild.value = this.layer ?? "";
     this.headLabel.lastChild.value = this.head ?? "";
     this.eraser.hidden = !this.painted.size;
-    this.note.replaceChildren(t.keep, " ", this.ask ? t.drag : this.numbers.occlusion ? t.onePaint : t.noPaint);
+    const [before, ...after] = (this.ask ? t.drag : this.numbers.occlusion ? t.onePaint : t.noPaint).split("mmv web");
+    this.note.replaceChildren(t.keep, " ", before, ...after.flatMap((text) => [h("code", {}, "mmv web"), text]));
   }
 
   showToken() {

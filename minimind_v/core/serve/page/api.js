@@ -48,7 +48,7 @@ async function call(path, body = null, signal = null) {
   throw new Refused(message || "", response.status, Number.isFinite(wait) && wait > 0 ? wait : null);
 }
 
-export const models = async () => (await (await call("/v1/models")).json()).data;
+export const models = async () => (await (await call("/v1/models")).json()).data ?? [];
 
 /** Examples of the demo's world: `[{ image, question, answer }]`; none where the server has none. */
 export const examples = async () => (await (await call("/v1/examples")).json()).examples;

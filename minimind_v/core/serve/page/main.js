@@ -1,5 +1,5 @@
 // The page: its state, and how its parts work together.
-import { examples, file, Gone, models, Refused, useKey } from "./api.js";
+import { examples, file, Gone, isHealthy, models, Refused, useKey } from "./api.js";
 import { Chat } from "./chat.js";
 import { announce, fill, h, icon, toast, translate } from "./dom.js";
 import { History } from "./history.js";
@@ -34,7 +34,8 @@ class App {
     this.examples = [];
     this.canLook = false;
     this.running = new Map(); // conversation id → its Chat, while an answer grows
-    this.server = new Server((state) => this.showServer(state));
+    const answers = async () => (await isHealthy()) && (this.models.length > 0 || this.loadModels());
+    this.server = new Server(answers, (state) => this.showServer(state));
     this.thread = new Thread(at("thread"), this);
     this.history = new History(at("conversations"), this);
     this.form = new MessageForm({
@@ -80,7 +81,9 @@ class App {
     this.history.show();
     const conversation = (await this.store.list()).find((stored) => stored.id === id);
     const isBusy = this.opening || this.chat.running || this.thread.editing;
-    if (conversation && id === this.current() && !isBusy) await this.open(conversation);
+    if (!conversation || id !== this.current() || isBusy) return;
+    const selected = { ...conversation.selected, ...this.chat.conversation.selected }; // its own branch stays
+    await this.open({ ...conversation, selected });
   }
 
   grew(chat, node) {
@@ -107,6 +110,7 @@ class App {
   failed(error) {
     if (error instanceof Gone) this.server.lost();
     else if (error instanceof Refused && error.status === 401) this.askKey();
+    else if (error instanceof Refused && error.status === 404) this.loadModels(); // it has others since it began anew
   }
 
   lookInside(chat, node) {
@@ -173,24 +177,30 @@ class App {
 
   // --- the server ---------------------------------------------------------------------------------------------------
 
+  /** List the models; returns whether the server answered. Without its list it is asked again until it does. */
   async loadModels() {
     try {
       this.models = await models();
     } catch (error) {
-      this.failed(error);
-      if (error instanceof Refused && error.status !== 401)
+      const needsKey = error instanceof Refused && error.status === 401;
+      if (needsKey) this.askKey();
+      else if (error instanceof Refused && !this.server.trying)
         toast(error.message || t("serverError", { status: error.status }));
-      return;
+      if (!needsKey) this.server.lost();
+      return needsKey;
     }
     const chosen = at("model").value || memory.get("model");
-    const options = this.models.map(({ id }) => h("option", { value: id }, id));
+    const isAlone = this.models.length === 1; // else a checkpoint may stand beside its converted copy
+    const name = ({ id, mmv }) => (isAlone || !mmv?.format || id.endsWith(mmv.format) ? id : `${id} (${mmv.format})`);
+    const options = this.models.map((model) => h("option", { value: model.id }, name(model)));
     at("model").replaceChildren(...(options.length ? options : [h("option", { value: "" }, t("noModel"))]));
     if (this.models.some(({ id }) => id === chosen)) at("model").value = chosen;
     at("model").disabled = !this.models.length;
     this.showForm();
-    const [list, canLook] = await Promise.all([examples().catch(() => []), hasViewer()]);
+    const [list, canLook] = await Promise.all([examples().catch(() => this.examples), hasViewer()]);
     Object.assign(this, { examples: list, canLook });
     if (!this.chat.running) this.thread.show(this.chat);
+    return true;
   }
 
   showServer({ gone, wait }) {

@@ -1,12 +1,13 @@
 // Whether the server is there. It is asked only after a failure, ever more seldom, and at once when there is a reason.
-import { isHealthy } from "./api.js";
-
 const LONGEST = 30; // seconds between two tries
 
-/** Reports `changed({ gone, wait })` with the seconds until the next try (null: trying now). */
+/**
+ * `answers()` asks whether the page can work with the server. Reports `changed({ gone, wait })` with the seconds until the
+ * next try (null: trying now).
+ */
 export class Server {
-  constructor(changed) {
-    this.changed = changed;
+  constructor(answers, changed) {
+    Object.assign(this, { answers, changed });
     this.gone = false;
     addEventListener("online", () => this.tryNow());
     document.addEventListener("visibilitychange", () => {
@@ -18,9 +19,9 @@ export class Server {
   async lost() {
     if (this.gone || this.trying) return;
     this.trying = true;
-    const healthy = await isHealthy();
+    const answers = await this.answers();
     this.trying = false;
-    if (healthy) return;
+    if (answers) return;
     this.gone = true;
     this.delay = 1;
     this.#countdown(this.delay);
@@ -40,9 +41,9 @@ export class Server {
     clearTimeout(this.timer);
     this.trying = true;
     this.changed({ gone: true, wait: null });
-    const healthy = await isHealthy();
+    const answers = await this.answers();
     this.trying = false;
-    if (healthy) {
+    if (answers) {
       this.gone = false;
       this.changed({ gone: false, wait: null });
     } else {

@@ -1,5 +1,5 @@
 // The history in this browser: IndexedDB, or memory where a browser (in a private window) refuses it.
-import { checked } from "./tree.js";
+import { checked, merge } from "./tree.js";
 
 const asPromise = (request) =>
   new Promise((resolve, reject) => {
@@ -49,11 +49,20 @@ export class Store {
     return all.sort((a, b) => b.changed - a.changed);
   }
 
-  /** Store a conversation. Raises what the browser raises, as where the disk is full. */
+  /**
+   * Store a conversation, which also gets what another tab added to the stored one. Raises what the browser raises, as
+   * where the disk is full.
+   */
   async save(conversation) {
-    const copy = structuredClone(conversation); // as it is now: an answer may go on while it is written
-    if (this.memory) this.memory.conversations.set(copy.id, copy);
-    else await this.#do("conversations", "readwrite", (s) => s.put(copy));
+    if (this.memory) this.memory.conversations.set(conversation.id, structuredClone(conversation));
+    else
+      await this.#do("conversations", "readwrite", (s) => {
+        const request = s.get(conversation.id);
+        request.onsuccess = () => {
+          merge(conversation, request.result);
+          s.put(conversation);
+        };
+      });
   }
 
   async saveImages(conversation, images) {

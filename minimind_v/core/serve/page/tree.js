@@ -22,6 +22,17 @@ export function select(conversation, node) {
   conversation.selected[node.parent] = node.id;
 }
 
+/** Add what only `other`, the same conversation in another tab, has: messages, and the rest of answers. */
+export function merge(conversation, other) {
+  const byId = new Map(conversation.nodes.map((node) => [node.id, node]));
+  const length = ({ text, reasoning = "" }) => text.length + reasoning.length;
+  for (const node of other?.nodes ?? []) {
+    const own = byId.get(node.id);
+    if (own && ((node.end && !own.end) || length(node) > length(own))) Object.assign(own, node);
+    if (!own && length(node)) conversation.nodes.push(node); // an answer without a word may have been replaced
+  }
+}
+
 /** All versions of a message, itself included. */
 export const versions = (conversation, node) => conversation.nodes.filter(({ parent }) => parent === node.parent);
 
