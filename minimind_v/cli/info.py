@@ -10,7 +10,7 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.terminal import Terminal
-from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError, nearest_file
+from minimind_v.core.errors import DataError, MissingInput, RowError, UsageError, nearest_file, shorten
 from minimind_v.core.hub.sources import PICTURE_ENDINGS, ROWS, WEIGHTS_ENDINGS, weights_of_run
 
 if TYPE_CHECKING:
@@ -125,8 +125,14 @@ def _picture(file: Path) -> dict[str, Any]:
 def _weights(file: Path) -> dict[str, Any]:
     from minimind_v.core.config.presets import name_preset
     from minimind_v.core.formats.checkpoint import read_checkpoint
+    from minimind_v.core.formats.load import check_whole
 
     checkpoint = read_checkpoint(file)
+    check_whole(checkpoint)
+    matrices = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.ndim > 1}  # biases may be zeros
+    if zeros := [name for name, tensor in matrices.items() if not tensor.float().any()]:
+        Terminal().warn(f"{file}: zeros alone in {len(zeros)} of {len(matrices)} matrices ({shorten(', '.join(zeros))})"
+                        " — copy or download it again")  # fmt: skip
     types = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()})
     return {
         "kind": "weights",

@@ -9,7 +9,11 @@ import zipfile
 import pytest
 import torch
 
-from tests.cli.harness import ASSETS, BASE, EYE, ROWS, installed, read_rows, run_mmv, write_rows
+from minimind_v.core.formats.checkpoint import export_tensors, write_checkpoint
+from tests.cli.harness import ASSETS, BASE, EYE, ROWS, installed, read_rows, run_mmv, sighted_model, write_rows
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+COMPANIONS = ("--vision-model", EYE, "--tokenizer", EYE.parent)
 
 
 def test_info_of_weights(sighted):
@@ -33,6 +37,47 @@ def test_info_of_weights_without_a_description(sighted, tmp_path):
     copy.write_bytes(sighted.read_bytes())
     report = run_mmv("info", copy, "--json").json
     assert (report["preset"], report["stage"], report["sizes_from"]) == ("demo", "unknown", "the shapes of its tensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "receipt"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "1 missing (model.norm.weight)"),
+        (lambda tensors: tensors.pop("vision_proj.vision_proj.0.bias"), "1 missing (vision_proj.vision_proj.0.bias)"),
+        (lambda tensors: [tensors.pop(f"vision_proj.vision_proj.0.{name}") for name in ("weight", "bias")],
+         "2 missing (vision_proj.vision_proj.0.weight, vision_proj.vision_proj.0.bias)"),
+        (lambda tensors: tensors.update({"model.other": tensors["model.norm.weight"]}), "1 unexpected (model.other)"),
+        (lambda tensors: tensors.update({DOWN: tensors[DOWN].T}), f"1 wrong shape ({DOWN} ["),
+    ],
+)  # fmt: skip
+def test_info_of_weights_that_will_not_load_ends_with_the_receipt_of_a_load(tmp_path, change, receipt):
+    model = sighted_model()
+    tensors = export_tensors(model)
+    change(tensors)
+    write_checkpoint(tmp_path / "w.pth", tensors, model.model_config, "sft")
+    report = run_mmv("info", tmp_path / "w.pth")
+    loaded = run_mmv("chat", "What?", "--model", tmp_path / "w.pth", *COMPANIONS)
+    assert (report.code, report.out) == (1, "")
+    assert receipt in report.error
+    assert report.error == loaded.error
+
+
+def test_info_compares_the_projector_of_weights_without_a_description(sighted, tmp_path):
+    tensors = torch.load(sighted, weights_only=True)
+    bias = tensors.pop("vision_proj.vision_proj.0.bias")
+    torch.save(tensors, tmp_path / "w.pth")
+    assert "1 missing (vision_proj.vision_proj.0.bias)" in run_mmv("info", tmp_path / "w.pth").error
+    tensors["vision_proj.vision_proj.0.wight"] = tensors.pop("vision_proj.vision_proj.0.weight")
+    torch.save(tensors | {"vision_proj.vision_proj.0.bias": bias}, tmp_path / "w.pth")
+    assert "its projector is none of linear" in run_mmv("info", tmp_path / "w.pth").error
+
+
+def test_info_warns_of_weights_that_are_zeros(sighted, tmp_path):
+    tensors = torch.load(sighted, weights_only=True)
+    torch.save(tensors | {DOWN: torch.zeros_like(tensors[DOWN])}, tmp_path / "w.pth")
+    ended = run_mmv("info", tmp_path / "w.pth")
+    assert ended.code == 0
+    assert f"zeros alone in 1 of 31 matrices ({DOWN})" in ended.err
 
 
 def test_info_of_data(tiny_data):
@@ -151,7 +196,7 @@ def test_info_of_odd_rows_still_reports_what_it_can(tmp_path):
         (ASSETS / "tokenizer.json", "which is neither a row nor a list of rows"),
         (EYE, "not the weights of a MiniMind model"),
         (ASSETS.parent, "is not itself a model, dataset or run"),
-        ("", "is not itself a model, dataset or run"),
+        (".", "is not itself a model, dataset or run"),
         ("nowhere", "no file nowhere"),
         ("/dev/null", "/dev/null"),
         ("x" * 300, "File name too long"),

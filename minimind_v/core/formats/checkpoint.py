@@ -202,25 +202,29 @@ def load_into(model: VLM, checkpoint: Checkpoint, new_projector: bool = False) -
     Raises WeightsError with the receipt and advice where another tensor is missing, unexpected or of another shape.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(VISION)}
-    tensors, receipt = match_tensors(checkpoint, shapes, model.model_config, new_projector)
+    config = model.model_config
+    tensors, receipt = match_tensors(checkpoint, shapes, config.text, config.projector, new_projector)
     model.load_state_dict(tensors, strict=False)
     return receipt
 
 
 def match_tensors(
-    checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], config: ModelConfig, new_projector: bool = False
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, torch.Size],
+    config: TextConfig,
+    projector: str,
+    new_projector: bool = False,
 ) -> tuple[dict[str, Tensor], Receipt]:
     """The tensors of a checkpoint for a model with these shapes by name and this configuration, tied head included.
 
     Raises WeightsError as `load_into` does.
     """
-    check_base(checkpoint.path, checkpoint.config, config.text)
+    check_base(checkpoint.path, checkpoint.config, config)
     tensors = dict(checkpoint.tensors)
     receipt = Receipt(str(checkpoint.path), ignored=checkpoint.ignored)
     absent = [name for name in shapes if name not in tensors]
-    projector = [name for name in shapes if name.startswith(PROJECTOR)]
-    if new_projector and absent == projector:
-        receipt.new = projector
+    if new_projector and absent == [name for name in shapes if name.startswith(PROJECTOR)]:
+        receipt.new = absent
     else:
         receipt.missing = absent
     for name, tensor in tensors.items():
@@ -231,21 +235,21 @@ def match_tensors(
         else:
             receipt.loaded.append(name)
     if receipt.missing or receipt.unexpected or receipt.wrong_shape:
-        raise WeightsError(f"the weights do not fit. {receipt}{_advice(checkpoint, receipt, config)}")
+        raise WeightsError(f"the weights do not fit. {receipt}{_advice(checkpoint, receipt, config, projector)}")
     for name in _UNSHAPED:
         value = getattr(checkpoint.config, name)
-        if not checkpoint.guessed and value != getattr(config.text, name):
+        if not checkpoint.guessed and value != getattr(config, name):
             raise WeightsError(
-                f"{checkpoint.path} was trained with {name} {value}, the model has {getattr(config.text, name)} — "
+                f"{checkpoint.path} was trained with {name} {value}, the model has {getattr(config, name)} — "
                 f"add --set model.{name}={value}"
             )
     return tensors, receipt
 
 
-def _advice(checkpoint: Checkpoint, receipt: Receipt, config: ModelConfig) -> str:
-    trouble, text = receipt.missing + receipt.unexpected + receipt.wrong_shape, config.text
+def _advice(checkpoint: Checkpoint, receipt: Receipt, text: TextConfig, projector: str) -> str:
+    trouble = receipt.missing + receipt.unexpected + receipt.wrong_shape
     if all(name.startswith(PROJECTOR) for name in trouble):
-        return _projector_advice(checkpoint, config.projector)
+        return _projector_advice(checkpoint, projector)
     tokens = checkpoint.config.vocab_size
     if replace(checkpoint.config, vocab_size=text.vocab_size) == text and tokens != text.vocab_size:
         return (

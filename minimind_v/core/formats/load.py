@@ -9,7 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from minimind_v.core.config.generation import Generation, generation_of
-from minimind_v.core.config.schema import ModelConfig, RunConfig
+from minimind_v.core.config.schema import LINEAR, MLP, ModelConfig, RunConfig, VisionSpec
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.device import pick_device
 from minimind_v.core.errors import MissingInput, UsageError, WeightsError
@@ -25,7 +25,7 @@ from minimind_v.core.formats.vision_tower import StoredTower, build_encoder, rea
 from minimind_v.core.hub.sources import how_to_get, latest_model
 from minimind_v.core.model.kernels.accelerate import accelerate
 from minimind_v.core.model.no_init import NoInit
-from minimind_v.core.model.projector import projector_shapes
+from minimind_v.core.model.projector import PREFIX, PROJECTORS, projector_shapes
 from minimind_v.core.model.vision.preprocessing import read_preprocessing
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.paths import OUT_DIR
@@ -134,8 +134,25 @@ def read_model_parts(
     _check_companions(stored, paths, say)
     shapes = published_shapes(checkpoint.config)
     shapes |= projector_shapes(stored.tower.spec, checkpoint.config.hidden_size, stored.config.projector)
-    match_tensors(checkpoint, shapes, stored.config, new_projector)  # before memory is taken
+    # Before memory is taken.
+    match_tensors(checkpoint, shapes, stored.config.text, stored.config.projector, new_projector)
     return stored
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Raise WeightsError, as `load` does, where tensors are missing, unexpected or of another shape.
+
+    A text-only base is whole without a projector.
+    """
+    config, tensors, spec = checkpoint.config, checkpoint.tensors, checkpoint.vision
+    shapes, kind = published_shapes(config), checkpoint.projector or checkpoint.generation.projector
+    if spec is None and checkpoint.projector in (LINEAR, MLP) and checkpoint.vision_width:
+        spec = VisionSpec(224, 16, checkpoint.vision_width)  # their shapes depend on the width alone
+    if spec and kind in PROJECTORS:
+        shapes |= projector_shapes(spec, config.hidden_size, kind)
+    elif checkpoint.projector:
+        shapes |= {name: tensor.shape for name, tensor in tensors.items() if name.startswith(PREFIX)}
+    match_tensors(checkpoint, shapes, config, kind)
 
 
 def read_companions(
