@@ -20,6 +20,7 @@ from minimind_v.core.errors import RunError
 from minimind_v.core.files import write_atomically, write_text
 from minimind_v.core.formats.checkpoint import read_checkpoint, write_checkpoint
 from minimind_v.core.monitor.metrics import JsonLines, StepMetrics
+from minimind_v.core.train import run as running
 from minimind_v.core.train import saver
 from minimind_v.core.train.loop import Run
 from tests.cli.harness import BASE, read_rows, run_mmv, sighted, tiny_data, tree
@@ -323,6 +324,19 @@ def test_a_conversion_on_a_full_disk_leaves_nothing(tmp_path, no_room):
         assert ended.code == 1
         assert f"{out}: not saved (File too large)" in ended.error
         assert tree(tmp_path / "new") == []
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("x" * 300, ": cannot be written (File name too long) — name another --out"),
+     ("", "pretrain_vlm_128 must be the folder of this run, but is a file — name another --out")],
+)  # fmt: skip
+def test_a_place_that_takes_no_run_is_refused_before_weights_are_read(tmp_path, monkeypatch, out, message):
+    (tmp_path / "pretrain_vlm_128").write_text("")
+    monkeypatch.setattr(running, "load_initial", lambda *_: pytest.fail("weights were read"))
+    ended = run_mmv(*tiny_data().train(tmp_path / out))
+    assert message in ended.error
+    assert tree(tmp_path) == ["pretrain_vlm_128"]
 
 
 def test_a_disk_full_to_the_last_byte(small_disk):

@@ -61,7 +61,25 @@ def test_a_second_signal_stops_at_once(tmp_path):
     assert time.monotonic() - started < 20  # the update would have lasted a minute
     assert "Traceback" not in ended.err
     assert not (tmp_path / "out" / WEIGHTS).exists()
+    assert "stopped at once — nothing is saved: start again with --overwrite" in ended.err
     assert gone(run)
+
+
+def test_a_second_signal_says_from_which_state_to_resume(tmp_path, monkeypatch):
+    launch = Run._launch
+
+    def interrupt(run, step, batches):
+        if step == 4:
+            raise KeyboardInterrupt
+        return launch(run, step, batches)
+
+    monkeypatch.setattr(Run, "_launch", interrupt)
+    line = tiny_data().train(tmp_path / "out", save_every=2, max_steps=5)
+    ended = run_mmv(*line, "--quiet")
+    assert ended.code == 130
+    assert "stopped at once — resume from step 2 with --resume" in ended.err
+    monkeypatch.undo()
+    assert "resuming after step 2" in run_mmv(*line, "--resume").err
 
 
 def slow_steps():

@@ -23,7 +23,14 @@ from minimind_v.core.data.prompt import PromptEncoder
 from minimind_v.core.errors import DataError, RowError
 from minimind_v.core.rows.cells import decode_base64
 from minimind_v.core.rows.forms import check_form, read_row
-from minimind_v.core.rows.row import ANSWER_FIRST, MARK_PER_TURN, NOTES, SEVERAL_ANSWERS, SEVERAL_CAPTIONS
+from minimind_v.core.rows.row import (
+    ANSWER_FIRST,
+    MARK_IN_ANSWER,
+    MARK_PER_TURN,
+    NOTES,
+    SEVERAL_ANSWERS,
+    SEVERAL_CAPTIONS,
+)
 from minimind_v.core.rows.stores import open_rows
 from tests.rows.made import PATCHES, SIZE, picture
 
@@ -147,6 +154,11 @@ NAMED = {
     "begins with an answer": Written(
         {"conversations": [{"role": "gpt", "content": "Hello."}, *talk(CIRCLE, "red")], "image": "1.png"},
         notes=(ANSWER_FIRST,),
+    ),
+    "a mark in an answer": Written(
+        {"conversations": talk("What is it?", "<image>\nred"), "image": "1.png"},
+        talk("What is it?", "<image>\nred"),
+        notes=(MARK_IN_ANSWER,),
     ),
     "a mark in every question": Written(
         {"conversations": talk(CIRCLE, "red", "<image>\nWhere?", "there", "Why <image>?", "so"), "image": "1.png"},
@@ -554,9 +566,9 @@ def test_what_a_row_is_read_as_is_noted_and_counted(tmp_path, demo_tokenizer):
     assert all(isinstance(example, Example) for example in examples)
     assert collate(examples, [], 0).notes == dict.fromkeys(NOTES, 1)
     report = summary(check(rows, 1), 0.01)
-    assert (report["usable"], report["ok"]) == (5, True)
+    assert (report["usable"], report["ok"]) == (6, True)
     assert {note: entry["count"] for note, entry in report["notes"].items()} == dict.fromkeys(NOTES, 1)
-    assert report["notes"][MARK_PER_TURN]["message"].startswith("1 of 5 rows have one image and <image> in every")
+    assert report["notes"][MARK_PER_TURN]["message"].startswith("1 of 6 rows have one image and <image> in every")
 
 
 # --- the cases that people brought ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from minimind_v.core.errors import RowError
 from minimind_v.core.rows.cells import Picture, StoredPictures, pictures_of
 from minimind_v.core.rows.field_names import ALTERNATIVES, FILE_NAMES, PICTURES, plain_names
 from minimind_v.core.rows.messages import NEXT, Conversation
-from minimind_v.core.rows.row import IMAGE_MARK, MARK_PER_TURN, count_marks
+from minimind_v.core.rows.row import IMAGE_MARK, MARK_IN_ANSWER, MARK_PER_TURN, count_marks
 from minimind_v.core.rows.unread import named_in
 from minimind_v.core.wording import plural
 
@@ -81,6 +81,9 @@ def place_pictures(conversation: Conversation, pictures: Sequence[Picture]) -> S
         for number in questions[1:]:
             messages[number] = {**messages[number], "content": _without_mark(messages[number]["content"])}
         conversation.notes.append(MARK_PER_TURN)
+    answers = [message for message in messages if isinstance(message, dict) and message.get("role") == "assistant"]
+    if count_marks(answers):
+        conversation.notes.append(MARK_IN_ANSWER)
     return pictures
 
 

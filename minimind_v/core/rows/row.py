@@ -26,11 +26,13 @@ NUMBERED = re.compile(r"image \d+")  # the name of an image without one
 # Notes on rows that are not read exactly as written: not errors, but reported.
 ANSWER_FIRST = "began with an answer"
 MARK_PER_TURN = "one image, a mark in every turn"
+MARK_IN_ANSWER = "a mark in an answer"
 SEVERAL_CAPTIONS = "several captions, the first is read"
 SEVERAL_ANSWERS = "several answers, the first is read"
 NOTES = {  # and how such rows are read
     ANSWER_FIRST: "begin with an answer without a question; it is not used",
     MARK_PER_TURN: f"have one image and {IMAGE_MARK} in every question; only the first {IMAGE_MARK} counts",
+    MARK_IN_ANSWER: f"have {IMAGE_MARK} in an answer; only what follows it depends on the image",
     SEVERAL_CAPTIONS: "have several captions; only the first is used",
     SEVERAL_ANSWERS: "have several answers; only the first is used",
 }

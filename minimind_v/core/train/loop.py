@@ -98,7 +98,7 @@ class Run:
 
     def run(self) -> Summary:
         """Train to the end, or until a signal; then save."""
-        progress, begun, torn = self.progress, self.progress.done, False
+        progress, begun = self.progress, self.progress.done
         if begun >= self.total:
             self.listener.message("this run is already finished")
             if self.saver:  # it may have ended between its state and its weights
@@ -123,20 +123,30 @@ class Run:
             closing(self.records) if self.records else nullcontext(),
         ):
             try:
-                self._loop()
-            except KeyboardInterrupt:  # a second signal, perhaps in the middle of a step
-                torn = True
+                self._train(begun)
+            except KeyboardInterrupt:  # a second signal
+                if self.saver:
+                    self.listener.lost(f"stopped at once — {self.saver.next_step()}")
                 raise
-            finally:
-                try:
-                    if not torn:
-                        self._finish()
-                finally:
-                    self._end(save=progress.done > begun and bool(progress.counts.supervised) and not torn)
         if not progress.counts.supervised and not self.stopped_by:
             trouble = progress.broken.first or "every answer is cut off"
             raise DataError(f"{self.config.data.file}: no row is usable; the first problem: {trouble}")
         return self._summary()
+
+    def _train(self, begun: int) -> None:
+        """Do all steps, and save however they end, but not in the middle of a step."""
+        progress, torn = self.progress, False
+        try:
+            self._loop()
+        except KeyboardInterrupt:
+            torn = True
+            raise
+        finally:
+            try:
+                if not torn:
+                    self._finish()
+            finally:
+                self._end(save=progress.done > begun and bool(progress.counts.supervised) and not torn)
 
     def _loop(self) -> None:
         begun = self.progress.done

@@ -16,7 +16,7 @@ import torch
 from minimind_v.core.config.generation import V2025, V2026, generation_of
 from minimind_v.core.config.presets import PRESETS, weights_name
 from minimind_v.core.config.schema import RunConfig
-from minimind_v.core.errors import UsageError
+from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.files import Held, Lock, describe_holder, sweep
 from minimind_v.core.formats.checkpoint import generation_at
 from minimind_v.core.formats.companions import trouble_of_run
@@ -53,7 +53,10 @@ class RunFolder:
         self.rows = config.data.batch_size * config.accumulate  # of a step, per process
 
     def lock(self, held: ExitStack, listener: Listener) -> None:
-        """Lock the folder until `held` is closed. Raises UsageError if another run holds the lock."""
+        """Lock the folder until `held` is closed. Raises UsageError if another run holds the lock.
+
+        This is the first file that a run writes: RunError where none can be written there.
+        """
         note = {
             "process": int(os.environ.get(LAUNCHER, os.getpid())),  # of several, the process to stop
             "host": platform.node(),
@@ -66,8 +69,9 @@ class RunFolder:
                 f"another run is writing {self.weights} ({describe_holder(other.note)}) — wait until it ends, "
                 "stop it, or name another --out"
             ) from None
-        except OSError:  # no run can write there: the first file reports why
-            return
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"{self.config.out}: cannot be written ({reason}) — name another --out") from None
         held.callback(lock.release)
         if not lock.certain:
             listener.message(
@@ -180,6 +184,8 @@ class RunFolder:
             if init and init.exists() and weights.exists() and weights.samefile(weights_at(init)):
                 raise UsageError(f"this run would overwrite --init {init} — name another --out")
             keep_description(weights)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"{self.folder} must be the folder of this run, but is a file — name another --out")
         inside = sorted(path.name for path in self.folder.glob("[!.]*")) if self.folder.is_dir() else []
         if inside and not RECORDS & set(inside):
             raise UsageError(

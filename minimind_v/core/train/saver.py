@@ -92,8 +92,8 @@ class Saver:
             self._writer(progress)()
         except RunError as error:
             if not finished or self._weights_step != step:
-                raise RunError(f"{error} — {self._next_step()}") from None
-            self.listener.warning(f"{error}; the run is finished and its weights are saved: only --resume needs it")
+                raise RunError(f"{error} — {self.next_step('free some disk space, and ')}") from None
+            self.listener.lost(f"{error}; the run is finished and its weights are saved: only --resume needs it")
         else:
             self.listener.saved(step)
 
@@ -152,16 +152,16 @@ class Saver:
 
         return write
 
-    def _next_step(self) -> str:
-        """What is saved of the run, and the next step after the end could not be."""
+    def next_step(self, before: str = "") -> str:
+        """What is saved of the run, and the next step, `before` it another one, where its end could not be."""
         step, weights = self.folder.states.newest_step(), self.folder.weights
         if step is not None:
-            return f"free some disk space, and resume from step {step} with --resume"
+            return f"{before}resume from step {step} with --resume"
         if self._weights_step is None:
-            return "nothing is saved: free some disk space, and start again with --overwrite"
+            return f"nothing is saved: {before}start again with --overwrite"
         return (
-            f"{weights} has the weights of step {self._weights_step}, but no state to resume from is saved: free some "
-            f"disk space, and start from them with --init {weights} and another --out"
+            f"{weights} has the weights of step {self._weights_step}, but no state to resume from is saved: {before}"
+            f"start from them with --init {weights} and another --out"
         )
 
     # --- the thread ---------------------------------------------------------------------------------------------------
