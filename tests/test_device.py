@@ -51,13 +51,15 @@ def test_a_run_on_another_gpu_or_in_another_precision_is_reported_and_refused(mo
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "NVIDIA Something")
     on_cuda = origin_of(config, CUDA)
     messages: list[str] = []
-    with pytest.raises(device.UsageError, match="--allow precision --allow computed_on"):
-        check_origin(on_cuda, on_cpu, (), messages.append)
-    assert messages == [
+    differences = [
         "precision: bfloat16 in the interrupted run, float32 now",
         "computed_on: NVIDIA Something in the interrupted run, cpu now",
     ]
+    with pytest.raises(device.UsageError, match="--allow precision --allow computed_on") as refused:
+        check_origin(on_cuda, on_cpu, (), messages.append)
+    assert (refused.value.lines[1:], messages) == (differences, [])
     check_origin(on_cuda, on_cpu, ("precision", "computed_on"), messages.append)
+    assert messages == [f"{line} (allowed)" for line in differences]
     assert origin_of(replace(config, deterministic=True), CUDA)["deterministic"] is True
 
 

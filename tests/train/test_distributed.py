@@ -178,7 +178,7 @@ def test_other_rows_per_update_are_another_run(tmp_path, pair):
     ended = run_mmv(*tiny_data().train(out, **ROWS | {"batch_size": 5}), "--resume")
     assert ended.code == 2
     assert "rows_per_update: 8 in the interrupted run, 5 now" in ended.err
-    assert ended.error.endswith("accept it with --allow rows_per_update")
+    assert "accept it with --allow rows_per_update, start over" in ended.error
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------

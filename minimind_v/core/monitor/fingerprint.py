@@ -84,19 +84,23 @@ def _installed_code() -> str:
 def check_origin(
     before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str], warn: Callable[[str], None]
 ) -> None:
-    """Report the differences between a state's run and this one. Raises UsageError if one is not allowed."""
+    """Warn of allowed differences between a state's run and this one. Raises UsageError with all others."""
     for name in allowed:
         if name not in now:
             raise UsageError(f"--allow {name} is not a key of a run{nearest(name, now)}")
     before = ADDED | dict(before)
-    differing = [key for key in now if before.get(key) != now[key]]
-    for key in differing:
-        allowance = " (allowed)" if key in allowed else ""
-        warn(f"{key}: {_shown(before.get(key))} in the interrupted run, {_shown(now[key])} now{allowance}")
-    if refused := [key for key in differing if key not in allowed]:
+    differences = {
+        key: f"{key}: {_shown(before.get(key))} in the interrupted run, {_shown(now[key])} now"
+        for key in now
+        if before.get(key) != now[key]
+    }
+    for key in [key for key in differences if key in allowed]:
+        warn(f"{differences.pop(key)} (allowed)")
+    if differences:
         raise UsageError(
-            "this run differs from the interrupted one — use the same inputs, start over with --overwrite, "
-            "or accept it with " + " ".join(f"--allow {key}" for key in refused)
+            f"this run differs from the interrupted one — accept it with "
+            f"{' '.join(f'--allow {key}' for key in differences)}, start over with --overwrite, or use the same inputs",
+            [*differences.values()],
         )
 
 
