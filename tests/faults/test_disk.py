@@ -23,6 +23,7 @@ from minimind_v.core.monitor.metrics import JsonLines, StepMetrics
 from minimind_v.core.train import run as running
 from minimind_v.core.train import saver
 from minimind_v.core.train.loop import Run
+from minimind_v.core.train.resume import States
 from tests.cli.harness import BASE, read_rows, run_mmv, sighted, tiny_data, tree
 
 LIMIT = 200_000  # bytes that a file may have: enough for words, too few for weights
@@ -324,6 +325,28 @@ def test_a_conversion_on_a_full_disk_leaves_nothing(tmp_path, no_room):
         assert ended.code == 1
         assert f"{out}: not saved (File too large)" in ended.error
         assert tree(tmp_path / "new") == []
+
+
+def test_a_disk_that_fills_in_the_middle_of_a_state_leaves_the_state_before(tmp_path, monkeypatch):
+    line = *tiny_data().train(tmp_path / "out", max_steps=5, save_every=2), "--set", "keep=1"
+    write = States.write
+
+    def fill(states, step, *content):
+        with room(LIMIT if step > 2 else 1 << 30):
+            write(states, step, *content)
+
+    monkeypatch.setattr(States, "write", fill)
+    ended = run_mmv(*line)
+    assert "step-0000000004" in ended.err
+    assert ended.err.count("not saved (File too large)") == 2
+    [state] = (tmp_path / "out" / "pretrain_vlm_128" / "states").iterdir()
+    assert state.name.startswith("step-0000000002-")
+    monkeypatch.undo()
+    resumed = run_mmv(*line, "--resume")
+    assert "resuming after step 2 of 5" in resumed.err
+    assert run_mmv(*tiny_data().train(tmp_path / "whole", max_steps=5)).code == 0
+    ours, whole = ((tmp_path / name / "pretrain_vlm_128.pth").read_bytes() for name in ("out", "whole"))
+    assert ours == whole
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,27 @@ def test_killed_for_real_again_and_again(tmp_path, whole_alone, number):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("changes", "resumed"),
+    [
+        ({"workers": 2, "features": "off"}, {"workers": 0}),
+        ({"workers": 1, "features": "int8"}, {"workers": 2}),
+        ({"gpus": 2, "device": "cpu", "features": "int8", "batch_size": 1}, {}),
+    ],
+    ids=["fewer workers", "more workers", "two processes"],
+)
+def test_killed_for_real_and_resumed_with_another_number_of_workers(tmp_path, changes, resumed):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert Running(tmp_path / "0", *command(whole, **changes)).wait().code == 0
+    run = Running(tmp_path / "1", *command(out, **changes))
+    run.until(lambda: list(out.glob(f"{NAME}/states/step-*"))).send(signal.SIGKILL, group=True).wait()
+    last = Running(tmp_path / "2", *command(out, **changes | resumed), "--resume").wait()
+    assert last.code == 0, last.err
+    assert "resuming after step " in last.err
+    assert_same_run(out, whole)
+
+
+@pytest.mark.long
 def test_a_stop_says_how_to_resume(tmp_path):
     run = Running(tmp_path / "run", *tiny_data().train(tmp_path / "out", epochs=10_000, workers=1), "--overwrite")
     run.until(lambda: "step 3/" in run.err)
