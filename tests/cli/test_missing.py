@@ -118,7 +118,7 @@ def test_a_folder_of_images_that_the_user_names_is_not_downloaded(tmp_path, monk
     ("name", "meaning"),
     [("rows.jsonl", "this is a data file, not weights — name weights here, and data with --data"),
      ("cats.json", "this describes the weights in cats.pth — give that file"),
-     ("dog.jpg", "this is a picture file, not weights — give it with --image")],
+     ("dog.jpg", "this is an image file, not weights — give it with --image")],
 )  # fmt: skip
 def test_a_file_that_is_no_weights_is_named_for_what_it_is(name, meaning, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -54,7 +54,7 @@ def _sniff(path: Path) -> str:
             f"{path}: this is a git-lfs pointer, not the weights — run `git lfs pull`, or `mmv download`"
         )
     if head.startswith(PICTURE_BEGINNINGS):
-        raise WeightsError(f"{path}: this is a picture file, not weights — give it with --image")
+        raise WeightsError(f"{path}: this is an image file, not weights — give it with --image")
     if path.name.endswith(ROWS):
         weights = next((beside for end in WEIGHTS_ENDINGS if (beside := path.with_suffix(end)).is_file()), None)
         raise WeightsError(
