@@ -34,7 +34,7 @@ def mistaken(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--task", "vqa", "--out", "file"), "--out file is a file"),
+        (("--task", "vqa", "--out", "file"), "--out file: file is a file, not a folder"),
         (("--task", "vqa", "--out", "others"), "--out others holds notes.txt, and no evaluation"),
         (("--task", "vqa", "--out", "pages"), "pages/report.html exists and is not a page by mmv"),
         (("--task", "vqa", "--split", "test"), "is one file; only a folder has splits"),

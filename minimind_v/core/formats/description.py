@@ -28,7 +28,14 @@ _SHAPED_EXPERTS = ("n_routed_experts", "n_shared_experts")
 # Of minimind-3v no shape gives these: all published models have the same.
 _UNSHAPED_3V = ("qk_norm", "rms_norm_eps", "num_experts_per_tok", "n_shared_experts", "aux_loss_alpha",
                 "aux_loss_scope")  # fmt: skip
-_OTHER_FILE = "is the description that of another file? Without it, sizes are read from the tensors"
+
+
+def _of_other_weights(path: Path, trouble: str) -> WeightsError:
+    name = "config.json" if path.is_dir() else path.with_suffix(".json").name
+    return WeightsError(
+        f"{path}: the description beside it belongs to other weights ({trouble}) — is {name} from an older file? "
+        "Without it, sizes are read from the tensors"
+    )
 
 
 def infer_config(path: Path, tensors: Mapping[str, Tensor]) -> TextConfig:
@@ -111,11 +118,7 @@ def described_config(path: Path, meta: dict[str, Any], inferred: TextConfig) -> 
     except (TypeError, UsageError) as error:
         wrong = [str(error)]
     if wrong:
-        raise WeightsError(
-            f"{path}: the description beside it belongs to other weights ({'; '.join(wrong)}) — "
-            f"is {'config.json' if path.is_dir() else path.with_suffix('.json').name} from an older file? "
-            f"Without it, sizes are read from the tensors"
-        )
+        raise _of_other_weights(path, "; ".join(wrong))
     return config
 
 
@@ -133,7 +136,7 @@ def described_vision(path: Path, meta: dict[str, Any]) -> VisionSpec | None:
     except (TypeError, UsageError) as error:
         trouble = str(error)
     if trouble:
-        raise WeightsError(f"{path}: the description of its vision tower is damaged ({trouble}) — {_OTHER_FILE}")
+        raise _of_other_weights(path, f"vision tower: {trouble}")
     return spec
 
 
@@ -145,8 +148,7 @@ def described_projector(path: Path, meta: dict[str, Any], tensors: Mapping[str, 
     if described in PROJECTORS and PROJECTORS[described].vision_width(tensors) is None:
         recognised = recognise_projector(tensors)
         kind = f"of {recognised!r}" if recognised else f"of another kind, none of {', '.join(PROJECTORS)}"
-        raise WeightsError(f"{path}: its description names the projector {described!r}, its tensors are those "
-                           f"{kind} — {_OTHER_FILE}")  # fmt: skip
+        raise _of_other_weights(path, f"it names the projector {described!r}, the tensors are those {kind}")
     return described
 
 
