@@ -288,7 +288,4 @@ def test_a_folder_that_cannot_be_made_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
         Lock(tmp_path / "file" / "new" / "lock", {})
-    assert (
-        "config.yaml: cannot be written (Not a directory)"
-        in run_mmv(*tiny_data().train(tmp_path / "file" / "out")).error
-    )
+    assert "file is a file, not a folder" in run_mmv(*tiny_data().train(tmp_path / "file" / "out")).error

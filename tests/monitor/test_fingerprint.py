@@ -25,7 +25,7 @@ NEUTRAL = (
     "formats/inputs.py", "generate/", "hub/", "machine.py", "monitor/", "outputs.py", "pages/", "paths.py",
     "processes.py", "signals.py", "source.py", "train/batch_size.py", "train/evaluator.py", "train/forecast.py",
     "train/launch.py", "train/recall.py", "train/records.py", "train/run_folder.py", "train/saver.py", "train/trial.py",
-    "train/validate.py", "version.py", "wording.py",
+    "train/validate.py", "version.py", "wording.py", "arguments.py", "formats/inventory.py",
 )  # fmt: skip
 
 
