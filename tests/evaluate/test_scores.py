@@ -172,7 +172,7 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(model, prompts, score):
     with torch.inference_mode():
         for sample, shown in zip(rows, (pixels(3), None), strict=True):
             tokens = prompts.row(sample["conversations"], sample.get("image") is not None, 1000)
-            features = None if shown is None else model.vision_encoder(torch.from_numpy(shown)[None])
+            features = None if shown is None else model.vision_encoder(torch.from_numpy(shown.copy())[None])
             ids, mask = (torch.tensor([values]) for values in (tokens.input_ids, tokens.image_mask))
             logits = model(ids, image_features=features, image_mask=mask).logits[0]
             chosen = torch.tensor(tokens.loss_mask[1:])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minimind_v.core.errors import RunError, UsageError
+from minimind_v.core.errors import UsageError
 from minimind_v.core.export import folder as folders
 from minimind_v.core.export.folder import export, read_manifest
 from minimind_v.core.export.prove.worker import Worker
@@ -336,7 +336,7 @@ def test_what_a_killed_writer_of_a_file_left_goes_with_the_next(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot be written"):
+    with pytest.raises(UsageError, match="is a file, not a folder"):
         quick(tmp_path / "file" / "out")
     assert os.listdir(tmp_path) == ["file"]
 

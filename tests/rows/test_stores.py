@@ -174,9 +174,11 @@ def test_what_was_saved_in_place_of_the_data_is_named(jsonl, tmp_path, data, mes
 
 
 def test_a_missing_file_names_the_next_step(tmp_path):
-    with pytest.raises(MissingInput, match=r"download .*dataset"):
+    with pytest.raises(MissingInput, match=r"no data file .*none.jsonl"):
         open_rows(tmp_path / "none.jsonl")
-    with pytest.raises(MissingInput, match=r"download .*dataset"):
+    with pytest.raises(MissingInput, match=r"no data file .*sft_data.jsonl — .*download dataset"):
+        open_rows(tmp_path / "sft_data.jsonl")
+    with pytest.raises(MissingInput, match=r"no file .*none.zip — give a folder, zip or tar with --images"):
         open_pictures(tmp_path / "none.zip")
     with pytest.raises(RowError, match="--images is missing"):
         open_pictures(None).read("a.jpg")

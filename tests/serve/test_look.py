@@ -114,7 +114,14 @@ def test_looks_and_chats_side_by_side_give_what_they_give_alone(server, picture)
         assert [chat.result() for chat in chats] == [answer] * 5
 
 
-def test_a_client_that_is_gone_ends_its_trace(server, picture):
+def probes_often():
+    from minimind_v.core.serve import protocol
+
+    protocol.PROBE_SECONDS = 0.02  # so that the trace is not done before
+
+
+def test_a_client_that_is_gone_ends_its_trace(start, picture):
+    server = start(prepare=probes_often)
     content = [image_item(picture), text_item()]
     fields = {"messages": [{"role": "user", "content": content}], "max_tokens": 1000, "answer": "a red star " * 300}
     body = json.dumps(fields).encode()

@@ -58,7 +58,7 @@ def test_time_is_measured_without_weights(vision_model, monkeypatch):
     row = TypicalRow(length=20, pictures=1.5, supervised=5)
     estimate = forecast.estimate(config, row, 1000, 250)
     assert estimate.seconds == 1000 * 1.5 / 2 + 250 * 0.5, estimate.how
-    assert estimate.how.startswith("an estimate: 1.50 s for 2 synthetic rows of 20 tokens and 1.5 pictures each")
+    assert estimate.how.startswith("an estimate: 1.50 s for 2 synthetic rows of 20 tokens and 1.5 images each")
     assert len(done) == 3 + 1
     missing = forecast.estimate(replace(config, vision_model=vision_model / "none"), row, 1000, 250)
     assert missing.seconds is None
