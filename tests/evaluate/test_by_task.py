@@ -438,7 +438,7 @@ def test_a_question_may_have_very_many_annotators(run):
 
 def test_a_folder_that_cannot_be_made_is_named(run, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="file/out: .*file is a file, not a folder"):
+    with pytest.raises(UsageError, match=r"file/out: .*file is a file, not a folder"):
         run("vqa", records(1, 1), out="file/out")
 
 
