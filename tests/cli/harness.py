@@ -173,6 +173,8 @@ class Running:
         names = [terminal or folder / name for name in ("stdin", "stdout", "stderr")]
         files = [os.open(name, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOCTTY) for name in names]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if terminal:  # its own size counts, not what a worker of pytest exports
+            environment = {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")}
         self.process = fork_server.start([*map(str, args)], files, environment, None, bool(terminal), prepare)
         for file in files:
             os.close(file)
