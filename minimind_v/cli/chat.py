@@ -45,9 +45,9 @@ class ChatCommand(Command):
         texts = [str(values.get("prompt") or ""), *extra]
         pictures = [text for text in texts if Path(text).suffix.lower() in PICTURE_ENDINGS]
         question = " ".join(text for text in texts if text not in pictures) or "What is in the image?"
-        options = [
-            option for picture in [*(values.get("image") or []), *pictures] for option in ("--image", str(picture))
-        ]
+        options = ["--model", str(values["model"])] if values.get("model") else []
+        for picture in [*(values.get("image") or []), *pictures]:
+            options += ["--image", str(picture)]
         advice = "each image needs its own --image" if pictures else "put the question in quotes"
         return f"{advice}: {command_line('chat', *options, question)}"
 

@@ -16,7 +16,12 @@ from minimind_v.core.hub.sources import PICTURE_ENDINGS, ROWS, WEIGHTS_ENDINGS, 
 if TYPE_CHECKING:
     from minimind_v.core.formats.checkpoint import Checkpoint
 
-LABELS = {"bytes": "size", "seconds": "time", "data_seconds": "time_for_data"}  # of values that have units
+LABELS = {
+    "bytes": "size",
+    "pictures": "images",
+    "seconds": "time",
+    "data_seconds": "time_for_data",
+}  # of values that have units
 # Settings of a mixture of experts.
 EXPERTS = (
     "use_moe", "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "aux_loss_alpha", "aux_loss_scope",
@@ -68,9 +73,9 @@ def _for_person(name: str, value: Any) -> str:
         return duration(value)
     if name == "token_accuracy":
         return f"{value:.1%}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float) and (not value.is_integer() or abs(value) >= 1e15):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,.0f}" if isinstance(value, int | float) and name != "seed" else str(value)
 
 
 def _described(file: Path, split: str | None, images: Path | None) -> dict[str, Any]:
@@ -119,7 +124,7 @@ def _picture(file: Path) -> dict[str, Any]:
 
     width, height = decode(file.read_bytes(), str(file)).size
     size = file.stat().st_size
-    return {"kind": "image", "file": str(file), "width": width, "height": height, "bytes": size}
+    return {"kind": "picture", "file": str(file), "width": width, "height": height, "bytes": size}
 
 
 def _weights(file: Path) -> dict[str, Any]:
@@ -209,7 +214,7 @@ def _data(file: Path, split: str | None, images: Path | None) -> dict[str, Any]:
         "form": first.form or "unknown: no conversation in the first row",
         "rows": len(rows),
         "bytes": size_of(file),
-        "images": str(rows.pictures or ""),
+        "pictures": str(rows.pictures or ""),
         "first_row_images": first.images,
         "first_row_messages": len(first.conversations) if isinstance(first.conversations, list) else 0,
     }

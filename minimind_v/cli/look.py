@@ -100,8 +100,6 @@ def _check(
     *names, question = arguments
     if not names:
         raise UsageError(f"{question!r}: an image and a question are needed — {EXAMPLE}")
-    if "" in (*names, *swap):
-        raise UsageError("the name of an image is empty — name a file")
     texts = [name for name in names if not pictures_in(name)]
     if pictures_in(question) and len(texts) == 1:
         pictures = [word for word in arguments if word not in texts]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import threading
 import webbrowser
@@ -15,7 +14,7 @@ import typer
 
 from minimind_v.cli import options
 from minimind_v.cli.command import Command, advanced, output
-from minimind_v.cli.terminal import Terminal
+from minimind_v.cli.terminal import Terminal, command_line
 from minimind_v.core.errors import UsageError
 from minimind_v.core.paths import OUT_DIR
 
@@ -34,8 +33,8 @@ class ServeCommand(Command):
 
     def too_many(self, values: dict[str, Any], extra: Sequence[str]) -> str:
         """The message about words, which may be meant as models."""
-        options = [option for word in extra for option in ("--model", word)]
-        return f"each model needs its own --model: {shlex.join(['mmv', str(self.name), *options])}"
+        options = [word for model in (*(values.get("model") or ()), *extra) for word in ("--model", str(model))]
+        return f"each model needs its own --model: {command_line(str(self.name), *options)}"
 
 
 Models = Annotated[

@@ -122,7 +122,7 @@ def test_a_table_has_units_and_rounds_while_json_is_exact(trained, tiny_data):
 def test_info_of_rows_takes_their_images(tiny_data, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", read_rows(tiny_data.data("sft")))
     assert "images  " not in run_mmv("info", rows).out.replace("first_row_images", "")
-    assert run_mmv("info", rows, "--images", tiny_data.images("sft"), "--json").json["images"] == str(
+    assert run_mmv("info", rows, "--images", tiny_data.images("sft"), "--json").json["pictures"] == str(
         tiny_data.images("sft")
     )
     ended = run_mmv("info", BASE, "--images", tmp_path)
@@ -215,7 +215,7 @@ def test_info_of_pictures_and_of_a_zip_of_them(tiny_data, tmp_path):
     assert (report["kind"], report["members"]) == ("zip", ROWS)
     assert f"give the rows ({tiny_data.data('sft')}) here, and the zip with --images" in report["use"]
     report = run_mmv("info", tiny_data.picture(), "--json").json
-    assert (report["kind"], report["width"], report["height"]) == ("image", 128, 128)
+    assert (report["kind"], report["width"], report["height"]) == ("picture", 128, 128)
     (tmp_path / "cut.zip").write_bytes(tiny_data.images("sft").read_bytes()[:1000])
     assert "not a zip that can be read" in run_mmv("info", tmp_path / "cut.zip").error
 

@@ -105,7 +105,7 @@ def read_picture(name: str) -> Picture:
     Raises MissingInput if the file cannot be read, UsageError for other addresses.
     """
     if not name.strip():
-        raise MissingInput("the name of an image is empty — name an image file")
+        raise UsageError("the name of an image is empty — name an image file")
     shown = shorten(name, SHOWN)
     if not _exists(name):
         if inline := INLINE.fullmatch(name):

@@ -202,6 +202,12 @@ def _check_statistics(runs: Sequence[Predictions], names: Sequence[str], metrics
                         f"{run.path}: the statistics of {metric.name} of the question {name} are not as many as those "
                         "of others — evaluate again with `mmv eval --task`"
                     )
+                sums = run.lines[name].get("statistics", {}).get(metric.name, ())
+                if metric.is_share and metric.link and any(number > 1 for number in sums):
+                    raise DataError(
+                        f"{run.path}: {metric.name} was computed by an earlier version — evaluate again with "
+                        "`mmv eval --task`"
+                    )
 
 
 def direction(metric: Mapping[str, Any], lower_is_better: bool) -> str:

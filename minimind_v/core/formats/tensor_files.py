@@ -56,7 +56,8 @@ def _sniff(path: Path) -> str:
     if head.startswith(PICTURE_BEGINNINGS):
         raise WeightsError(f"{path}: this is an image file, not weights — give it with --image")
     if path.name.endswith(ROWS):
-        weights = next((beside for end in WEIGHTS_ENDINGS if (beside := path.with_suffix(end)).is_file()), None)
+        endings = WEIGHTS_ENDINGS if path.suffix == ".json" else ()  # a description has no other
+        weights = next((beside for end in endings if (beside := path.with_suffix(end)).is_file()), None)
         raise WeightsError(
             f"{path}: this describes the weights in {weights} — give that file"
             if weights else f"{path}: this is a data file, not weights — name weights here, and data with --data"

@@ -45,7 +45,8 @@ def announcement(config: RunConfig, plan: BatchPlan, steps: int, rows: int, mode
     everything = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vision_encoder."))
     held_out = len(plan.dataset) - plan.rows
     kept = f" ({held_out:,} of them held out)" if held_out else ""
-    end = ", or fewer: the run stops after two epochs in which every answer is correct" if config.until_right else ""
+    stop = ", or fewer: the run stops after two epochs in a row in which every answer is correct"
+    end = stop if config.until_right else ""
     epochs = f"{steps / plan.steps_per_epoch:.3g} epochs" if steps < len(plan) else plural(config.epochs, "epoch")
     highest = generation_of(config.model).cosine.peak(config.lr)
     return (

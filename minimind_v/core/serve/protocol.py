@@ -68,17 +68,22 @@ class Protocol(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends no more. It is gone, or it still reads: then it gets the answers to its whole requests."""
-        if self._is_owed and self._probing is None:
+        """The client sends no more. It is gone, or it still reads: then it gets the answers to its whole requests.
+
+        In HTTP/1.0 nothing can be sent to find out: there it is gone.
+        """
+        if not self._is_owed or self.scope["http_version"] == "1.0":
+            return False
+        if self._probing is None:
             self._probing = self.loop.call_later(PROBE_SECONDS, self._probe)
-        return self._is_owed
+        return True
 
     def _probe(self) -> None:
         """End a connection that the client has closed: it has refused what was sent, at first words without meaning."""
         if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.transport.abort()
             return
-        if self.conn.our_state is h11.SEND_RESPONSE and self.scope["http_version"] != "1.0":
+        if self.conn.our_state is h11.SEND_RESPONSE:
             self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
         self._probing = self.loop.call_later(PROBE_SECONDS, self._probe)
 
