@@ -92,7 +92,7 @@ def count(preset: str, policy: str) -> Counter[str]:
         if type(module) is nn.Linear and not module.weight.requires_grad:
             module.__class__ = CudaLinear
     step.late, step.graphs = True, StepGraphs(config, model, step.optimiser, lambda *_: None, print)
-    step.graphs.recorder.on = False
+    step.graphs.graphs.on = False
     operators = Operators()
     with (
         mock.patch.object(cuda_moe, "is_grouped", return_value=True),

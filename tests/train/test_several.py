@@ -135,7 +135,7 @@ class Saver:
         assert progress["step"] == step
         self.saved[step] = tensors_of(self.train_step)
 
-    def save_now(self, progress):
+    def save_now(self, progress, finished):
         pass
 
 
@@ -239,7 +239,8 @@ def test_runs_of_two_processes_that_are_read_late_take_the_same_decisions(tmp_pa
             continue
         if name == "a wrong recording of one process":
             [line] = leading["warnings"]
-            assert line.startswith("process 1: a CUDA graph of a step differs from the step: this run's steps")
+            assert line.startswith("process 1: steps are launched without a CUDA graph, ")
+            assert line.endswith("it gives other results")
             continue
         assert leading["bad"] == alone["bad"] == 1
         assert leading["launches"] == {step: step + (step not in {4, 5, 8, 9, 10, 12}) for step in range(1, 13)}

@@ -26,8 +26,9 @@ from minimind_v.core.formats.hf.read import VISION
 from minimind_v.core.model.vlm import VLM
 from minimind_v.core.train.launch import way_to
 
-# So long may the others wait while one evaluates. A process that is lost ends its connections, and so the wait.
-LONGEST_WAIT = timedelta(days=7)
+# So long may the others wait while one evaluates. A process that ends closes its connections, and so ends the wait; a
+# machine that loses power closes none.
+LONGEST_WAIT = timedelta(days=1)
 # Messages of torch's backends after another process has ended.
 _GONE = re.compile(r"closed by peer|reset by peer|gloo|nccl|broken pipe|socket|store|connection", re.IGNORECASE)
 
@@ -133,7 +134,8 @@ class World:
 
     def add_up(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all processes, on its device; a GPU does so behind what it was given."""
-        dist.all_reduce(tensor)
+        if self.size > 1:
+            dist.all_reduce(tensor)
 
     def share_weights(self, model: VLM) -> None:
         """Give all processes the weights of the leading one, but not the vision encoder, which each has read."""

@@ -59,7 +59,7 @@ class Forecast:
     supervised_tokens: int
     seconds: float  # evaluations by a task included:
     evaluation_seconds: float | None  # None: there are none
-    memory_bytes: int  # the most that one process held in the measured steps
+    memory_bytes: int  # the most that one process will hold, on a GPU with the recordings of its steps
     disk_bytes: int  # weights, states and records
     price_per_hour: float | None
     cost: float | None

@@ -12,6 +12,7 @@ from signal import Signals
 from typing import TYPE_CHECKING
 
 from minimind_v.core.config.generation import generation_of
+from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.loader import BatchPlan, load_steps
@@ -34,6 +35,7 @@ from minimind_v.core.wording import plural
 if TYPE_CHECKING:
     from minimind_v.core.train.evaluator import Evaluator
 
+MOST_TO_CHECK = 2000  # rows, which stay in memory, before the first step
 RIGHT_EPOCHS = 2  # after one epoch, later steps had made one of twelve answers wrong again
 
 
@@ -165,15 +167,21 @@ class Run:
             self._finish()
             if self.validator and self._validates(step):
                 self._validate(self.validator, step)
-            if self._evaluates_at(step):
-                self._evaluate()
-                self.world.await_leader()
+            self._hear_signal()
+            if self.stopped_by and step < self.total:  # an evaluation comes again after a resume
+                return
             if self.saver and self._save_due:
                 self.saver.save(step, self.progress.state())
-            if self.world.size == 1:  # several must stop after the same step
-                self.stopped_by = self.stop.signal
+            if self._evaluates_at(step):  # after the save, since it may take long
+                self._evaluate()
+                self.world.await_leader()
+            self._hear_signal()
             if self.stopped_by or step >= self.total:
                 return
+
+    def _hear_signal(self) -> None:
+        if self.world.size == 1:  # several must stop after the same step: they exchange signals
+            self.stopped_by = self.stop.signal
 
     def _is_stop(self, step: int) -> bool:
         """Whether what follows a step needs its result and its weights, so that the next step may not be launched.
@@ -272,8 +280,10 @@ class Run:
         return [sum(column) for column in columns]
 
     def _right_already(self) -> Path | None:
-        """With `until_right`, in one process: the initial weights, if they answer every row correctly."""
-        if not self.config.until_right or self.world.size > 1:
+        """With `until_right`, in one process and for few rows: the initial weights, if they answer all correctly."""
+        if not self.config.until_right or self.world.size > 1 or self.plan.rows > MOST_TO_CHECK:
+            return None
+        if self.config.init in (None, NO_INIT):
             return None
         with explained(self.config):
             own = recall_own(self.config, self.plan, self.plan.rows)(self.train_step)
