@@ -78,7 +78,7 @@ def _for_person(name: str, value: Any) -> str:
     return f"{value:,.0f}" if isinstance(value, int | float) and name != "seed" else str(value)
 
 
-def _described(file: Path, split: str | None, images: Path | None) -> dict[str, Any]:
+def _described(file: Path, split: str | None = None, images: Path | None = None) -> dict[str, Any]:
     """The description of a file, by its name first: only weights need torch."""
     ending = file.suffix.lower()
     if file.is_file() and ending == ".zip":

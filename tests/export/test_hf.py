@@ -56,7 +56,7 @@ def test_stock_transformers_computes_the_same_logits(kind):
 
 
 def pixels_of(number):
-    return torch.from_numpy(load_pixels(jpeg(number), "picture", source().model.spec.image_size))
+    return torch.from_numpy(load_pixels(jpeg(number), "picture", source().model.spec.image_size).copy())
 
 
 @pytest.mark.long
