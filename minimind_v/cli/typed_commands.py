@@ -13,6 +13,7 @@ from minimind_v.cli.conversation import NONE, Conversation
 from minimind_v.cli.typed_line import confirm
 from minimind_v.core.errors import MmvError, UsageError, nearest
 from minimind_v.core.files import write_text
+from minimind_v.core.generate.settings import check_most
 from minimind_v.core.pages.talk import Exchange
 
 PROMPT = "you> "
@@ -97,7 +98,8 @@ def params(conversation: Conversation, text: str) -> None:
     if value:
         number = _number(name, value)
         if name == "max_new_tokens":
-            conversation.limit = _at_least_one(number)
+            check_most(number)
+            conversation.limit = number
         else:
             session.sampling = replace(session.sampling, **{name: number})
         values[name] = number
@@ -193,9 +195,3 @@ def _number(name: str, text: str) -> Any:
         return kind(text)
     except ValueError:
         raise UsageError(f"{name} is a {'whole ' * (kind is int)}number, not {text!r}") from None
-
-
-def _at_least_one(number: int) -> int:
-    if number < 1:
-        raise UsageError(f"max_new_tokens must be at least 1, not {number}")
-    return number

@@ -28,6 +28,7 @@ from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError
 from minimind_v.core.generate.detokenize import TextStream
 from minimind_v.core.generate.rows import Draw, Drawn, Row, Rows
+from minimind_v.core.generate.settings import check_most
 from minimind_v.core.generate.slots import MOST_ROWS
 from minimind_v.core.model.kernels.cpu_linear import FEW
 from minimind_v.core.model.vlm import VLM
@@ -138,8 +139,7 @@ class Engine:
         A quarter of the context, or `max_new_tokens`, stays free for the answer. Raises UsageError where the last turn
         does not fit, or for an answer of no tokens.
         """
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        check_most(max_new_tokens)
         room, dropped = self.context - min(max_new_tokens, self.context // 4), 0
         opening, *later = turns
         while dropped < len(later) - 1 and len(opening) + sum(map(len, later[dropped:])) > room:

@@ -36,6 +36,12 @@ class Sampling:
             raise UsageError(f"repetition_penalty must be above 0, not {self.repetition_penalty:g}")
 
 
+def check_most(max_new_tokens: int) -> None:
+    """Raises UsageError for an answer of no tokens."""
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+
+
 def check_system(system: str | None) -> None:
     """Raises UsageError for a system prompt with an image mark."""
     if system is not None and IMAGE_MARK in system:
