@@ -60,14 +60,15 @@ class Command(TyperCommand):
         if not {"-h", "--help"} & set(args):
             values, extra, order = self.make_parser(ctx).parse_args(args=list(args))
             for param, times in Counter(order).items():
+                option = max(param.opts, key=len) if param.param_type_name == "option" else param.name.upper()
                 if param.name in self.once and times > 1 and not getattr(param, "multiple", False):
-                    option = max(param.opts, key=len)
                     raise UsageError(f"{option} was given {times} times — give it once, and run the command for each")
                 value = values.get(param.name)
                 is_path = "Path" in str(param.type_descriptor.annotation)  # type: ignore[attr-defined]
                 if is_path and "" in (value if isinstance(value, list) else [value]):
-                    name = max(param.opts, key=len) if param.param_type_name == "option" else param.name.upper()
-                    raise UsageError(f"{name} is empty — name a file or a folder; a variable of the shell may be unset")
+                    raise UsageError(
+                        f"{option} is empty — name a file or a folder; a variable of the shell may be unset"
+                    )
             if extra:
                 raise UsageError(self.too_many(values, extra))
         try:

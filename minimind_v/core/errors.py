@@ -122,8 +122,8 @@ def open_all(*openers: Callable[[], Any]) -> list[Any]:
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` with the choice most similar to `word`, or an empty string."""
-    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    choice = _most_similar(word, choices)
+    return f" (did you mean {choice!r}?)" if choice is not None else ""
 
 
 def nearest_file(path: Path, endings: tuple[str, ...], folders: bool = False) -> str:
@@ -140,8 +140,12 @@ def nearest_file(path: Path, endings: tuple[str, ...], folders: bool = False) ->
     # Of several with one name a file is meant, and that with the first ending.
     beside.sort(key=lambda other: (other.name.endswith(endings), other.name.endswith(endings[:1])))
     names = {other.name.partition(".")[0]: other for other in beside}
-    match = difflib.get_close_matches(path.name.partition(".")[0], names, n=1, cutoff=0.6)
-    return f" (did you mean {str(names[match[0]])!r}?)" if match else ""
+    name = _most_similar(path.name.partition(".")[0], names)
+    return f" (did you mean {str(names[name])!r}?)" if name is not None else ""
+
+
+def _most_similar(word: str, choices: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)), None)
 
 
 def unusable(text: str) -> str:

@@ -39,7 +39,6 @@ from tests.train.late import (
 )  # fmt: skip
 from tests.train.together import FOLDER, meeting, together
 
-CLOSE = {"atol": 5e-6, "rtol": 1e-5}
 FOLDERS = Path(os.environ.get(FOLDER, "/"))
 STEPS = 5 * (EAGER + 4)
 BAD = {7, 4 * EAGER}
