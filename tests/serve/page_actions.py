@@ -52,6 +52,12 @@ def ask_and_wait(page: Any, text: str) -> str:
     return answers(page)[-1]
 
 
+def open_conversation(page: Any, title: str) -> None:
+    """Choose a conversation in the history, and wait until it is shown."""
+    page.locator("#conversations .title", has_text=title).click()
+    page.locator("#title", has_text=title).wait_for(state="attached")
+
+
 def sent_images(request: dict[str, Any]) -> list[bytes]:
     """The picture files in a request, in order."""
     urls = [

@@ -8,7 +8,16 @@ import pytest
 from PIL import Image
 
 from minimind_v.core.data.images import decode
-from tests.serve.page_actions import answers, ask, ask_and_wait, attach, encoded, scene, sent_images
+from tests.serve.page_actions import (
+    answers,
+    ask,
+    ask_and_wait,
+    attach,
+    encoded,
+    open_conversation,
+    scene,
+    sent_images,
+)
 from tests.serve.stub import ABILITIES, PAGE
 
 pytestmark = pytest.mark.long
@@ -349,8 +358,21 @@ def test_a_reload_keeps_the_conversation_its_images_and_its_branches(page, stub)
     assert sent_images(stub.requests[-1]) == [scene()]
     page.keyboard.press("Alt+n")
     assert page.locator(".welcome").is_visible()
-    page.click("#conversations .title")
+    open_conversation(page, "First question")
     assert answers(page) == ["Another.", "Another."]
+
+
+def test_a_question_is_shown_and_the_page_is_busy_before_the_history_has_stored_it(open_page, stub, stub_server):
+    hold = "window.held = []; Object.defineProperty(IDBTransaction.prototype, 'oncomplete', { set(call) { "
+    hold += "this.addEventListener('complete', () => window.held ? window.held.push(call) : call()); } });"
+    page = open_page(stub_server.url)
+    page.evaluate(hold)
+    ask(page, "First")
+    page.locator(".question .text", has_text="First").wait_for()
+    assert page.locator(".send[type=submit]").count() == 0
+    page.evaluate("() => { const calls = window.held; window.held = null; for (const call of calls) call(); }")
+    assert answers(page) == [stub.answer]
+    assert len(stub.requests) == 1
 
 
 def test_an_answer_that_a_reload_cut_off_can_be_asked_again(page, stub):
@@ -380,7 +402,7 @@ def test_conversations_can_be_renamed_deleted_and_restored(page):
     page.locator("#conversations li").wait_for(state="detached")
     assert page.locator(".welcome").is_visible()
     page.click(".toast >> text=Undo")
-    page.click("#conversations .title >> text=New name")
+    open_conversation(page, "New name")
     assert len(answers(page)) == 1
 
 
@@ -449,7 +471,7 @@ def test_two_tabs_with_one_conversation_keep_what_either_asks(page, stub, stub_s
     ask_and_wait(page, "First")
     other = page.context.new_page()
     other.goto(stub_server.url)
-    other.click("#conversations .title")
+    open_conversation(other, "First")
     ask_and_wait(other, "Second")
     page.locator(".question .text", has_text="Second").wait_for()
     ask_and_wait(page, "Third")
@@ -463,8 +485,7 @@ def test_two_tabs_that_ask_at_once_keep_both_answers_whole(page, stub, stub_serv
     ask_and_wait(page, "First")
     other = page.context.new_page()
     other.goto(stub_server.url)
-    other.click("#conversations .title")
-    other.locator(".question .text", has_text="First").wait_for()
+    open_conversation(other, "First")
     stub.pause = SLOW
     ask(page, "Second")
     other.locator(".question .text", has_text="Second").wait_for()
@@ -488,7 +509,7 @@ def test_without_storage_the_page_works_and_says_so(open_page, stub, stub_server
     attach(page, ("a.png", scene()))
     assert ask_and_wait(page, "Hi") == stub.answer
     page.keyboard.press("Alt+n")
-    page.click("#conversations .title")
+    open_conversation(page, "Hi")
     assert answers(page) == [stub.answer]
 
 
@@ -740,5 +761,6 @@ def test_two_conversations_can_be_answered_at_once(page, stub):
     ask(page, "Second")
     page.locator(".question .text", has_text="Second").wait_for()
     assert answers(page) == [stub.answer]
-    page.click("#conversations .title >> text=First")
+    open_conversation(page, "First")
+    assert page.locator(".question .text").all_text_contents() == ["First"]
     assert answers(page) == [stub.answer]

@@ -99,9 +99,10 @@ export class Chat {
     const fresh = { text: "", images: [], reasoning: "", model: model.id, end: "", error: "", dropped: 0, stats: null };
     const node = append(conversation, question, { role: "assistant", ...fresh });
     this.running = { node, controller: new AbortController(), wait: null, isLoading: model.mmv?.loaded === false };
+    app.changed(this); // at once: a second press of a button must find it busy, however slow the history is
     await stored;
     await this.save();
-    app.changed(this);
+    app.stored(conversation);
     let failure = null;
     try {
       await this.#patiently(body, node);

@@ -67,7 +67,6 @@ class App {
       this.thread.show(chat, { toEnd: Boolean(chat.running) });
       this.showForm();
     }
-    this.stored(chat.conversation);
   }
 
   /** A conversation was stored, renamed or removed: show it, also in other tabs. */
