@@ -1,4 +1,4 @@
-"""Steps as on a lone GPU, computed by a CPU: its branches of the code, and a mode that refuses what a GPU waits for."""
+"""Steps as on a GPU, computed by a CPU: its branches of the code, and a mode that refuses what a GPU waits for."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def make_config(model: VLM, tmp_path, **options) -> RunConfig:
 
 
 def make_step(tmp_path, kind: str = "small", freeze: str = "all", seed: int = 0, **options) -> TrainStep:
-    """A step that is read late, as on a GPU."""
+    """A step of a model with the kernels of a GPU, whose micro-batches stay whole as there."""
     model = tiny_vlm(seed, with_tower=True, **MODELS[kind]).train()
     accelerate(model, torch.device("cuda"))
     config = make_config(model, tmp_path, freeze=freeze, **options)
     train_step = TrainStep(config, model, FeatureCache(FeatureEncoder(model.vision_encoder, model.device, "float32")))
-    train_step.late, train_step.divisible = True, False
+    train_step.divisible = False
     return train_step
 
 

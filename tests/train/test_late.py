@@ -21,6 +21,7 @@ from tests.train.late import (
     make_config,
     make_step,
     no_waits,
+    record_steps,
     same,
     tensors_of,
 )
@@ -34,6 +35,7 @@ from tests.train.late import (
 def test_a_step_asks_a_gpu_nothing(kind, policy, pixels, tmp_path, monkeypatch):
     group_experts(monkeypatch)
     train_step = make_step(tmp_path, kind, POLICIES[policy], dtype="bfloat16" if "moe" in kind else "float32")
+    record_steps(train_step, pytest.fail)
     mixed, text = make_batch([20, 11], [1, 2], [5, 1], pixels), make_batch([9, 8], [0, 0], [4, 4])
     for batches in ([mixed, text], [mixed, text], [text]):
         supervised = sum(batch.supervised for batch in batches)
@@ -205,16 +207,3 @@ def test_data_that_ends_a_run_does_not_lose_the_step_before(make_run):
     expected.run()
     assert run.progress.done == len(events.steps) == 4
     assert same(run.saver.saved[4], expected.saver.saved[4])
-
-
-def test_a_bad_step_changes_no_bit(tmp_path):
-    train_step = make_step(tmp_path)
-    for batch in batches_with(number=2):
-        train_step([batch], batch.supervised, 2, 1e-2)
-    before = tensors_of(train_step)
-    [bad] = batches_with((1,), number=1)
-    assert not train_step([bad], bad.supervised, 2, 1e-2).result.finite
-    assert same(before, tensors_of(train_step))
-    [good] = batches_with(number=1)
-    assert train_step([good], good.supervised, 2, 1e-2).result.finite
-    assert not same(before, tensors_of(train_step))

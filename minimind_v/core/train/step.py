@@ -95,7 +95,7 @@ class TrainStep:
         self.config, self.model, self.features, self.world = config, model, features, world
         self.trainable = freeze(model, config.freeze)
         self.divisible = not model.config.balances_batches
-        # A GPU decides itself whether a step counts, so that its numbers can be read when it has the next one.
+        # A GPU's recordings decide whether a step counts, so that its numbers can be read when it has the next one.
         self.late = model.device.type == "cuda"
         self.optimiser = AdamW(self.trainable, config.lr, model.device, config.weight_decay)
         world.share_weights(model)
@@ -126,9 +126,7 @@ class TrainStep:
             loss, correct = self._gradients.loss, self._gradients.correct
         grad_norm = nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
         step = PendingStep(torch.stack([*losses, loss, correct, grad_norm]), self.world)
-        if self.late:
-            self.optimiser.found_inf = (~torch.isfinite(loss + grad_norm)).float()  # type: ignore[attr-defined]
-        if self.late or step.result.finite:
+        if step.result.finite:
             self.optimiser.step()
             # A fused step keeps the version, and caches of the weights would stay.
             increment_version(self.trainable)
