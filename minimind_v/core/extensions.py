@@ -18,23 +18,31 @@ Entry = TypeVar("Entry")
 VARIABLE = "MMV_EXTENSIONS"  # files (`….py`) or names of modules, separated as the folders in PATH are
 
 
+_importing: list[str] = []  # the extension whose code runs
+
+
 class Table(MutableMapping[str, Entry]):
-    """Entries by name. Extensions add some, and never replace one of the package: files name their parts by it."""
+    """Entries by name. Extensions add some, and never replace those of the package or of one another: files name their
+    parts by them.
+    """
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
-        self._entries, self.own = dict(entries), tuple(entries)
+        self._entries, self.own, self._extensions = dict(entries), tuple(entries), dict[str, str]()
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
 
     def __setitem__(self, name: str, entry: Entry) -> None:
-        """Raises UsageError for a name of the package."""
+        """Raises UsageError for a name of the package, and in an extension for one of another extension."""
         if name in self.own and name in self._entries:
             raise UsageError(f"{name} exists; choose another name (taken: {', '.join(self.own)})")
+        if _importing and (other := self._extensions.setdefault(name, _importing[-1])) != _importing[-1]:
+            raise UsageError(f"{name} exists, added by {other}; rename one of the two")
         self._entries[name] = entry
 
     def __delitem__(self, name: str) -> None:
         del self._entries[name]
+        self._extensions.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -50,6 +58,7 @@ def load_extensions() -> list[ModuleType]:
     """
     modules = []
     for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
+        _importing.append(name)
         try:
             modules.append(_import_file(Path(name)) if name.endswith(".py") else importlib.import_module(name))
         except MmvError as error:
@@ -57,6 +66,8 @@ def load_extensions() -> list[ModuleType]:
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
             raise UsageError(f"{VARIABLE}: {name} cannot be imported ({reason})") from error
+        finally:
+            _importing.pop()
     return modules
 
 

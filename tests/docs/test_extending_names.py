@@ -76,6 +76,25 @@ def test_an_extension_cannot_take_the_name_of_a_part_of_the_package(table, add, 
         load_extensions()
 
 
+def test_an_extension_cannot_take_the_name_that_another_has_added(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [f"{name}_{tmp_path.name}.py" for name in ("first", "second")]
+    for number, name in enumerate(names):
+        Path(name).write_text("from minimind_v.core.config.freeze import FREEZE_POLICIES\n"
+                              f"FREEZE_POLICIES['mine'] = ['policy {number}']\n")  # fmt: skip
+    monkeypatch.setenv("MMV_EXTENSIONS", ":".join(names))
+    try:
+        refused = rf"^MMV_EXTENSIONS: {names[1]}: mine exists, added by {names[0]}; rename one of the two"
+        with pytest.raises(UsageError, match=refused):
+            load_extensions()
+        assert FREEZE_POLICIES["mine"] == ["policy 0"]
+    finally:
+        del FREEZE_POLICIES["mine"]
+    monkeypatch.setenv("MMV_EXTENSIONS", names[1])
+    load_extensions()
+    assert FREEZE_POLICIES.pop("mine") == ["policy 1"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_is_one_short_file(name):
     assert len((EXAMPLES / f"extend_{name}.py").read_text(encoding="utf-8").splitlines()) < 80
