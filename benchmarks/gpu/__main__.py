@@ -182,7 +182,8 @@ def do(part: Part, card: Card, budget: float) -> None:
     finally:
         result["seconds"] = round(time.perf_counter() - begun, 1)
         if card.cuda:
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # after a failed recording torch believes that it still records
+                torch.cuda.empty_cache()
     print(f"{time.perf_counter() - STARTED:6.1f} s  {part.name}: {result['status']}", file=sys.stderr, flush=True)
 
 

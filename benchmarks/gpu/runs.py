@@ -37,7 +37,8 @@ class StepListener(Listener):
 
     def step(self, metrics: StepMetrics, logged: bool) -> None:
         self.losses.append(metrics.loss)
-        if self.on_step(metrics):
+        # On a card one step more was launched before the run was stopped.
+        if metrics.step <= self.run.total and self.on_step(metrics):
             self.run.total = metrics.step
 
 
