@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minimind_v.core import cuda_graph
-from minimind_v.core.cuda_graph import EAGER, TIES, CudaGraphs, Place, record_cuda
+from minimind_v.core.cuda_graph import EAGER, TIES, CudaGraphs, Place, own_stream, record_cuda
 
 CPU = torch.device("cpu")
 
@@ -111,6 +111,18 @@ def test_no_two_kinds_are_recorded_on_one_stream(make_cuda):
     assert places == [(1, 1), (2, 2), (3, 3)]
     del kinds[0]
     assert make_places("cuda:1", "cuda:0")[1] == [(4, 4), (1, 5)], "the streams of kinds that are gone come again"
+
+
+def test_what_works_beside_a_recording_has_another_stream(make_cuda):
+    """torch has 32, and hands them out in turn: the next one may be that of another kind."""
+    make_cuda()
+    device, (kinds, _) = torch.device("cuda:0"), make_places("cuda:0")
+    owners = [Adding() for _ in range(2)]
+    streams = [own_stream(owner, device) for owner in owners]
+    assert [stream.name for stream in streams] == ["stream 2 of cuda:0", "stream 3 of cuda:0"]
+    del owners[0]
+    kinds[0].clear()
+    assert own_stream(owners[0], device) is streams[0]
 
 
 def test_what_is_recorded_after_all_was_forgotten_has_other_memory(make_cuda):

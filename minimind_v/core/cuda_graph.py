@@ -33,7 +33,19 @@ State = Callable[[], Groups]
 
 _LOCK = threading.Lock()  # torch records one graph at a time; and of the streams that are idle
 _FAILED: list[object] = []  # recordings of this process that failed: the allocator may believe that they go on
-_IDLE: list[torch.cuda.Stream] = []  # of places that are gone: torch has but 32
+_IDLE: list[torch.cuda.Stream] = []  # whose owners are gone
+
+
+def own_stream(owner: object, device: torch.device) -> torch.cuda.Stream:
+    """A stream that its owner has alone while it lives: torch has 32, and hands each of them out again and again."""
+    with _LOCK:
+        stream = next((idle for idle in reversed(_IDLE) if idle.device == device), None)
+        if stream is None:
+            stream = torch.cuda.Stream(device)
+        else:
+            _IDLE.remove(stream)
+    weakref.finalize(owner, _IDLE.append, stream)
+    return stream
 
 
 class Place:
@@ -45,13 +57,7 @@ class Place:
     """
 
     def __init__(self, device: torch.device) -> None:
-        with _LOCK:
-            idle = next((stream for stream in _IDLE if stream.device == device), None)
-            if idle is not None:
-                _IDLE.remove(idle)
-        self.stream = torch.cuda.Stream(device) if idle is None else idle
-        self.pool = torch.cuda.graph_pool_handle()
-        weakref.finalize(self, _IDLE.append, self.stream)
+        self.stream, self.pool = own_stream(self, device), torch.cuda.graph_pool_handle()
 
 
 def record_cuda(work: Work, device: torch.device, place: Place) -> Work:

@@ -125,7 +125,7 @@ def test_ten_replayed_steps_equal_those_on_exact_shapes(kind, policy, tmp_path, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["small", "moe"])
 def test_nothing_of_autograd_outlives_a_pass(kind, dtype, tmp_path, warnings, monkeypatch):
-    """What sums a weight's gradient belongs to the stream that made it: one left by an eager pass spoils a recording."""
+    """What sums a weight's gradient belongs to the stream of its pass: one of an eager pass would spoil a recording."""
     recorded, grad = make_step(tmp_path, kind, dtype=dtype), torch.autograd.grad
     record_steps(recorded, warnings.append)
 
