@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minimind_v.core import cuda_graph
-from minimind_v.core.cuda_graph import EAGER, TIES, CudaGraphs, Place, own_stream, record_cuda
+from minimind_v.core.cuda_graph import EAGER, TIES, CudaGraphs, GraphPool, own_stream, record_cuda
 
 CPU = torch.device("cpu")
 
@@ -92,31 +92,31 @@ def make_cuda(monkeypatch):
 def test_work_is_recorded_on_a_stream_of_its_own(make_cuda, recordable):
     cuda, second = make_cuda(recordable), torch.device("cuda:1")
     with nullcontext() if recordable else pytest.raises(RuntimeError, match="capturing"):
-        record_cuda(lambda: cuda.done.append("worked"), second, Place(second))()
+        record_cuda(lambda: cuda.done.append("worked"), second, GraphPool(second))()
     assert (cuda.stream, cuda.pool) == ("main", 1)
     assert cuda.done == ["recording on cuda:1, stream 1 of cuda:1", "worked", *["replayed"] * recordable]
     assert len(cuda_graph._FAILED) == (not recordable)
 
 
-def make_places(*devices):
+def make_pools(*devices):
     """Graphs of several kinds, and the numbers of the stream and the memory of each."""
     kinds = [CudaGraphs(torch.device(device), "it is done", str, 0.0) for device in devices]
-    return kinds, [(int(kind._place.stream.name.split()[1]), kind._place.pool) for kind in kinds]
+    return kinds, [(int(kind._pool.stream.name.split()[1]), kind._pool.handle) for kind in kinds]
 
 
 def test_no_two_kinds_are_recorded_on_one_stream(make_cuda):
     """A graph that is freed takes cuBLAS's memory with it, which all graphs of its stream use."""
     make_cuda()
-    kinds, places = make_places("cuda:0", "cuda:0", "cuda:1")
-    assert places == [(1, 1), (2, 2), (3, 3)]
+    kinds, pools = make_pools("cuda:0", "cuda:0", "cuda:1")
+    assert pools == [(1, 1), (2, 2), (3, 3)]
     del kinds[0]
-    assert make_places("cuda:1", "cuda:0")[1] == [(4, 4), (1, 5)], "the streams of kinds that are gone come again"
+    assert make_pools("cuda:1", "cuda:0")[1] == [(4, 4), (1, 5)], "the streams of kinds that are gone come again"
 
 
 def test_what_works_beside_a_recording_has_another_stream(make_cuda):
     """torch has 32, and hands them out in turn: the next one may be that of another kind."""
     make_cuda()
-    device, (kinds, _) = torch.device("cuda:0"), make_places("cuda:0")
+    device, (kinds, _) = torch.device("cuda:0"), make_pools("cuda:0")
     owners = [Adding() for _ in range(2)]
     streams = [own_stream(owner, device) for owner in owners]
     assert [stream.name for stream in streams] == ["stream 2 of cuda:0", "stream 3 of cuda:0"]
@@ -127,10 +127,10 @@ def test_what_works_beside_a_recording_has_another_stream(make_cuda):
 
 def test_what_is_recorded_after_all_was_forgotten_has_other_memory(make_cuda):
     make_cuda()
-    [graphs], places = make_places("cuda:0")
+    [graphs], pools = make_pools("cuda:0")
     graphs.clear()
-    assert places == [(1, 1)]
-    assert (graphs._place.stream.name, graphs._place.pool) == ("stream 1 of cuda:0", 2)
+    assert pools == [(1, 1)]
+    assert (graphs._pool.stream.name, graphs._pool.handle) == ("stream 1 of cuda:0", 2)
 
 
 @pytest.mark.parametrize("collecting", [True, False])
@@ -140,7 +140,7 @@ def test_no_garbage_is_collected_during_a_recording(collecting, make_cuda):
     device, states = torch.device("cuda:0"), []
     (gc.enable if collecting else gc.disable)()
     try:
-        record_cuda(lambda: states.append(gc.isenabled()), device, Place(device))
+        record_cuda(lambda: states.append(gc.isenabled()), device, GraphPool(device))
         assert (states, gc.isenabled()) == ([False], collecting)
     finally:
         gc.enable()

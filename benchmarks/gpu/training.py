@@ -51,7 +51,10 @@ def compiled(card: Card, results: Result) -> None:
     store_features(card, "pretrain")
     for name, on in (("as it is", False), ("compiled", True)):
         options = {"compiled": on, "profiled": True}
-        measure(card, results.setdefault(f"small pretrain, {name}", {}), "small", "pretrain", "exact", options)
+        result = results.setdefault(f"small pretrain, {name}", {})
+        measure(card, result, "small", "pretrain", "exact", options)
+        if card.cuda:
+            result.setdefault("checks", {})[f"{name}: its steps are recorded"] = result["recordings"] > 0
 
 
 def measure(card: Card, result: Result, preset: str, stage: str, features: str, options: dict) -> None:
@@ -88,6 +91,8 @@ def measure(card: Card, result: Result, preset: str, stage: str, features: str, 
     with card.memory(result):
         run.run()
     result["losses"] = listener.losses[:COMPARED]
+    if (graphs := run.train_step.graphs) is not None:
+        result["recordings"] = graphs.graphs.recorded
     if not window.times:  # the rows ended before the warm-up did
         result["skipped"] = "too few rows"
         return

@@ -27,7 +27,7 @@ WAITED = "called a synchronizing"  # in torch's warning of a wait; its notice ab
 
 T = TypeVar("T")
 Work = Callable[[], object]
-Record = Callable[[Work, torch.device, Any], Work]  # work, its device and a `Place` → a function that repeats it
+Record = Callable[[Work, torch.device, Any], Work]  # work, its device and a `GraphPool` → a function that repeats it
 Groups = Sequence[Sequence[Tensor]]  # tensors of one unit in each
 State = Callable[[], Groups]
 
@@ -48,26 +48,26 @@ def own_stream(owner: object, device: torch.device) -> torch.cuda.Stream:
     return stream
 
 
-class Place:
-    """The stream that graphs of one kind are recorded on, and the memory that they share: none is replayed in another.
+class GraphPool:
+    """Memory that graphs of one kind share, since none is replayed in another, and the stream of their recordings.
 
     cuBLAS keeps memory for each stream, within that of its first graph, and torch frees it with any graph of the stream
-    (pytorch#193402). So a stream has graphs of one place only. A place is new where all its graphs are gone, since
-    torch refuses memory that only cuBLAS still has.
+    (pytorch#193402). So a stream has graphs of one pool only. A pool is new where all its graphs are gone, since torch
+    refuses one in which only cuBLAS still has memory.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.stream, self.pool = own_stream(self, device), torch.cuda.graph_pool_handle()
+        self.stream, self.handle = own_stream(self, device), torch.cuda.graph_pool_handle()
 
 
-def record_cuda(work: Work, device: torch.device, place: Place) -> Work:
+def record_cuda(work: Work, device: torch.device, pool: GraphPool) -> Work:
     """The work as a CUDA graph, which is replayed on the current stream. Raises RuntimeError."""
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     try:
         with (
             torch.cuda.device(device),
             _without_gc(),
-            torch.cuda.graph(graph, place.pool, place.stream, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool.handle, pool.stream, capture_error_mode="thread_local"),
         ):
             work()
     except torch.OutOfMemoryError:  # torch has ended the recording
@@ -121,9 +121,9 @@ class CudaGraphs:
     def clear(self) -> None:
         """Forget all recordings: their tensors are replaced by others."""
         self._graphs: dict[Hashable, _Graph] = {}
-        self._place: Place | None = None  # which leaves its stream to the next one
+        self._pool: GraphPool | None = None  # which leaves its stream to the next one
         if self.device.type == "cuda":
-            self._place = Place(self.device)
+            self._pool = GraphPool(self.device)
 
     @property
     def recorded(self) -> int:
@@ -173,7 +173,7 @@ class CudaGraphs:
             if _FAILED or self.recorded >= self.most or not _has_room(self.device):
                 return
             try:
-                graph.replay = self.record(work, self.device, self._place)
+                graph.replay = self.record(work, self.device, self._pool)
             except torch.OutOfMemoryError:
                 self.most = self.recorded
             except RuntimeError as error:
