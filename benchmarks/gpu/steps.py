@@ -42,6 +42,7 @@ def _measure(card: Card, preset: str, stage: str, way: str) -> Result:
     graphs = run.train_step.graphs
     return quantiles(window.times) | {
         "samples_s": round(window.difference("samples") / window.seconds, 1),
+        "waiting_for_data": round(window.difference("data_seconds") / window.seconds, 4),
         "recordings": graphs.graphs.recorded if graphs else 0,
         "gave_up": any("without a CUDA graph" in line for line in listener.messages),
         "losses": listener.losses,
