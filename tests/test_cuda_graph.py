@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from minimind_v.core import cuda_graph
-from minimind_v.core.cuda_graph import EAGER, TIES, CudaGraphs, record_cuda
+from minimind_v.core.cuda_graph import EAGER, TIES, CudaGraphs, GraphPool, own_stream, record_cuda
 
 CPU = torch.device("cpu")
 
@@ -30,7 +31,8 @@ class StandIn:
     takes = inspect.signature(torch.cuda.graph)
 
     def __init__(self, recordable):
-        self.recordable, self.stream, self.current, self.done, self.pools = recordable, "main", None, [], 0
+        self.recordable, self.stream, self.current, self.done = recordable, "main", None, []
+        self.pools = self.streams = 0
 
     def CUDAGraph(self):
         return SimpleNamespace(replay=lambda: self.done.append("replayed"))
@@ -39,7 +41,7 @@ class StandIn:
     def graph(self, *args, **options):
         self.takes.bind(*args, **options)
         _, self.pool, self.stream = args
-        self.done.append(f"recording on {self.current}, {self.stream}")
+        self.done.append(f"recording on {self.current}, {self.stream.name}")
         yield
         if not self.recordable:  # torch does not get to put the stream back
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -51,7 +53,8 @@ class StandIn:
         yield
 
     def Stream(self, device):
-        return f"stream of {device}"
+        self.streams += 1
+        return SimpleNamespace(device=device, name=f"stream {self.streams} of {device}")
 
     def current_stream(self, device):
         return self.stream
@@ -79,38 +82,68 @@ def make_cuda(monkeypatch):
         for name, answer in {"mem_get_info": (9, 10), "max_memory_allocated": 0, "memory_allocated": 0}.items():
             monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
         monkeypatch.setattr(cuda_graph, "_waits", lambda device: nullcontext([]))
-        cuda_graph._recorded_on.cache_clear()
+        monkeypatch.setattr(cuda_graph, "_IDLE", [])
         return cuda
 
-    yield make
-    cuda_graph._recorded_on.cache_clear()
+    return make
 
 
 @pytest.mark.parametrize("recordable", [True, False])
 def test_work_is_recorded_on_a_stream_of_its_own(make_cuda, recordable):
     cuda, second = make_cuda(recordable), torch.device("cuda:1")
     with nullcontext() if recordable else pytest.raises(RuntimeError, match="capturing"):
-        record_cuda(lambda: cuda.done.append("worked"), second, "pool")()
-    assert (cuda.stream, cuda.pool) == ("main", "pool")
-    assert cuda.done == ["recording on cuda:1, stream of cuda:1", "worked", *["replayed"] * recordable]
+        record_cuda(lambda: cuda.done.append("worked"), second, GraphPool(second))()
+    assert (cuda.stream, cuda.pool) == ("main", 1)
+    assert cuda.done == ["recording on cuda:1, stream 1 of cuda:1", "worked", *["replayed"] * recordable]
     assert len(cuda_graph._FAILED) == (not recordable)
 
 
-def test_work_of_one_stream_is_recorded_on_one_and_that_of_another_on_another(make_cuda, monkeypatch):
-    """cuBLAS keeps memory for a stream, which graphs that run at the same time must not share."""
+def make_pools(*devices):
+    """Graphs of several kinds, and the numbers of the stream and the memory of each."""
+    kinds = [CudaGraphs(torch.device(device), "it is done", str, 0.0) for device in devices]
+    return kinds, [(int(kind._pool.stream.name.split()[1]), kind._pool.handle) for kind in kinds]
+
+
+def test_no_two_kinds_are_recorded_on_one_stream(make_cuda):
+    """A graph that is freed takes cuBLAS's memory with it, which all graphs of its stream use."""
     make_cuda()
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: next(numbers))
-    numbers = iter(range(9))
-    streams = [cuda_graph._recorded_on(torch.device("cuda:0"), stream) for stream in ("main", "side", "main")]
-    assert streams == [0, 1, 0]
+    kinds, pools = make_pools("cuda:0", "cuda:0", "cuda:1")
+    assert pools == [(1, 1), (2, 2), (3, 3)]
+    del kinds[0]
+    assert make_pools("cuda:1", "cuda:0")[1] == [(4, 4), (1, 5)], "the streams of kinds that are gone come again"
 
 
-def test_what_is_recorded_after_all_was_forgotten_has_another_pool(make_cuda):
-    cuda = make_cuda()
-    graphs = CudaGraphs(torch.device("cuda:0"), "it is done", str, 0.0)
-    assert (graphs._pool, cuda.pools) == (1, 1)
+def test_what_works_beside_a_recording_has_another_stream(make_cuda):
+    """torch has 32, and hands them out in turn: the next one may be that of another kind."""
+    make_cuda()
+    device, (kinds, _) = torch.device("cuda:0"), make_pools("cuda:0")
+    owners = [Adding() for _ in range(2)]
+    streams = [own_stream(owner, device) for owner in owners]
+    assert [stream.name for stream in streams] == ["stream 2 of cuda:0", "stream 3 of cuda:0"]
+    del owners[0]
+    kinds[0].clear()
+    assert own_stream(owners[0], device) is streams[0]
+
+
+def test_what_is_recorded_after_all_was_forgotten_has_other_memory(make_cuda):
+    make_cuda()
+    [graphs], pools = make_pools("cuda:0")
     graphs.clear()
-    assert graphs._pool == 2
+    assert pools == [(1, 1)]
+    assert (graphs._pool.stream.name, graphs._pool.handle) == ("stream 1 of cuda:0", 2)
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_no_garbage_is_collected_during_a_recording(collecting, make_cuda):
+    """An earlier graph may be part of it, and may not be freed then."""
+    make_cuda()
+    device, states = torch.device("cuda:0"), []
+    (gc.enable if collecting else gc.disable)()
+    try:
+        record_cuda(lambda: states.append(gc.isenabled()), device, GraphPool(device))
+        assert (states, gc.isenabled()) == ([False], collecting)
+    finally:
+        gc.enable()
 
 
 def test_a_recording_that_fails_ends_those_of_the_whole_process(make_cuda):

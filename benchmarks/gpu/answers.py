@@ -132,6 +132,7 @@ def decoding(card: Card, result: Result) -> None:
             if not half:
                 checks["drawn on the card as on the host"] = _drawn_alike(card, model)
                 checks["a conversation in used slots is as in new ones"] = _conversation_again(card, model)
+    checks["a recording outlives one of another kind"] = _outlives(card)
     if card.cuda:
         result["pool"] = pool = _conversations(card, model)
         checks["20 conversations take no more memory than 3"] = pool["after_20"] <= 1.05 * pool["after_3"]
@@ -178,6 +179,31 @@ def _conversation_again(card: Card, model: VLM) -> bool:
         for rows in (3, 1):
             answer(model, *prompts(rows, 90), [EAGER + 8] * rows, [Sampler(WARM) for _ in range(rows)])
         return first == answer(model, ids, mask, [EAGER + 8], [Sampler(GREEDY)])
+
+
+def _outlives(card: Card) -> bool:
+    """Products recorded behind others, whose memory is freed and taken by something else, are what they were."""
+    rows, inner, width = (4, 64, 4) if card.tiny else (64, 8192, 512)  # cuBLAS adds them up in memory of its own
+    kind = torch.bfloat16 if card.cuda else torch.float32
+    left, right = (torch.randn(size, device=card.device, dtype=kind) for size in ((rows, inner), (inner, width)))
+    product = torch.zeros(rows, width, device=card.device, dtype=kind)
+
+    def multiply() -> None:
+        product.copy_(left @ right)
+
+    kinds = [cuda_graph.CudaGraphs(left.device, "it is tried", print, 0.0, Recorder(card)) for _ in range(2)]
+    for graphs in kinds:
+        for _ in range(EAGER + 2):
+            graphs.run("product", multiply, [product])
+    expected = product.clone()
+    del kinds[0], graphs
+    if card.cuda:
+        torch.cuda.empty_cache()
+        taken = [torch.full((2**22,), torch.nan, device=card.device) for _ in range(16)]
+        del taken
+    product.zero_()
+    kinds[0].run("product", multiply, [product])
+    return kinds[0].recorded == 1 and torch.equal(product, expected)
 
 
 def _conversations(card: Card, model: VLM) -> Result:

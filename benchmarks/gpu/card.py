@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import subprocess
@@ -91,6 +92,7 @@ class Card:
     def memory(self, result: Result):
         """Notes the most memory that was allocated and reserved meanwhile, in bytes."""
         if self.cuda:
+            gc.collect()  # earlier runs are circles; forked workers of others must not free them either
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         yield

@@ -54,9 +54,9 @@ def ceilings(card: Card, result: Result) -> None:
     right = torch.randn(width, inner, device=card.device, dtype=torch.bfloat16)
     taken = card.seconds(lambda: left @ right, 200)
     result["bf16_tflops_of_an_update"] = round(2 * rows * inner * width / taken / 1e12, 4)
-    small = torch.zeros(16, device=card.device)
-    result["launch_us"] = round(card.seconds(lambda: small.add_(1), 2000, 100) * 1e6, 2)
+    result["launch_us"] = launch_us(card)
     if card.cuda:
+        small = torch.zeros(16, device=card.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(200):
@@ -66,3 +66,9 @@ def ceilings(card: Card, result: Result) -> None:
         on_device = torch.empty_like(pinned, device=card.device)
         taken = card.seconds(lambda: on_device.copy_(pinned, non_blocking=True), 5)
         result["pinned_to_card_gb_s"] = round(pinned.nbytes / taken / 1e9, 1)
+
+
+def launch_us(card: Card) -> float:
+    """Microseconds of a kernel that is launched alone."""
+    small = torch.zeros(16, device=card.device)
+    return round(card.seconds(lambda: small.add_(1), 2000, 100) * 1e6, 2)

@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.gpu import curve
 from benchmarks.gpu.card import Card, Kernels, Result, close
 from benchmarks.gpu.runs import StepListener, configure, make_run
+from minimind_v.core import cuda_graph
 from minimind_v.core.cuda_graph import EAGER, WAITED
 from minimind_v.core.model import ops
 from minimind_v.core.model.kernels import cuda_moe
@@ -170,11 +171,9 @@ def waits(card: Card, result: Result) -> None:
             return False
 
         try:
-            with _warnings_into(caught):
-                run = make_run(configure(card, preset, stage), StepListener(on_step))
-                if run.train_step.graphs:  # to record and to compare is to wait
-                    run.train_step.graphs.graphs.on = False
-                run.run()
+            # To record and to compare, a step or the encoding of images, is to wait.
+            with _warnings_into(caught), mock.patch.object(cuda_graph, "EAGER", 0):
+                make_run(configure(card, preset, stage), StepListener(on_step)).run()
         finally:
             _watch_waits(card, "default")
         locations = Counter(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -13,6 +14,8 @@ from benchmarks.gpu.material import SEED
 from minimind_v.core.config.load import build_config
 from minimind_v.core.config.recipes import NO_INIT
 from minimind_v.core.config.schema import RunConfig
+from minimind_v.core.data.loader import load_steps
+from minimind_v.core.data.vision_stage import encode_ahead
 from minimind_v.core.monitor.metrics import Listener, StepMetrics
 from minimind_v.core.train import run as run_module
 from minimind_v.core.train.loop import Run
@@ -37,7 +40,8 @@ class StepListener(Listener):
 
     def step(self, metrics: StepMetrics, logged: bool) -> None:
         self.losses.append(metrics.loss)
-        if self.on_step(metrics):
+        # On a card one step more was launched before the run was stopped.
+        if metrics.step <= self.run.total and self.on_step(metrics):
             self.run.total = metrics.step
 
 
@@ -110,6 +114,17 @@ class Window:
         assert self.first
         assert self.last
         return getattr(self.last, name) - getattr(self.first, name)
+
+
+def store_features(card: Card, stage: str) -> None:
+    """Encode and store all images of a stage, so that each later run reads them."""
+    run = make_run(configure(card, "small", stage, features="exact", epochs=1), StepListener())
+    features = run.train_step.features
+    with closing(load_steps(run.plan, run.config.data.workers, card.cuda)) as steps:
+        for batches in encode_ahead(steps, features):
+            for batch in batches or ():
+                features.features(batch.to(card.device))
+    features.flush()
 
 
 def row_numbers(run: Run, steps: int) -> list[int]:

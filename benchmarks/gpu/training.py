@@ -8,7 +8,8 @@ import time
 import torch
 
 from benchmarks.gpu.card import Card, Kernels, Result, quantiles
-from benchmarks.gpu.runs import StepListener, Window, configure, make_run, row_numbers
+from benchmarks.gpu.ceilings import launch_us
+from benchmarks.gpu.runs import StepListener, Window, configure, make_run, row_numbers, store_features
 from benchmarks.plain import PlainRun, run_plain
 from benchmarks.train import looking_operations
 from minimind_v.core.bench import operations
@@ -46,15 +47,22 @@ def ours(card: Card, results: Result) -> None:
 
 def compiled(card: Card, results: Result) -> None:
     """Later epochs with the decoder as it is, and compiled: that takes a minute or two and comes last."""
+    results["launch_us"] = launch_us(card)  # behind profilers
+    store_features(card, "pretrain")
     for name, on in (("as it is", False), ("compiled", True)):
-        measure(card, results.setdefault(f"small pretrain, {name}", {}), "small", "pretrain", "exact", {"compiled": on})
+        options = {"compiled": on, "profiled": True}
+        result = results.setdefault(f"small pretrain, {name}", {})
+        measure(card, result, "small", "pretrain", "exact", options)
+        if card.cuda:
+            result.setdefault("checks", {})[f"{name}: its steps are recorded"] = result["recordings"] > 0
 
 
 def measure(card: Card, result: Result, preset: str, stage: str, features: str, options: dict) -> None:
-    """A run for some seconds."""
+    """A run for some seconds. Among the options, `compiled` is for its decoder, `profiled` for its end."""
     storing = features == "store"  # a single epoch, since a second one would read
     window = Window(0.3, 0, 1) if card.tiny else Window(12.0, 0.5, 8) if storing else Window(6.0, 2.0, 20)
-    kernels, profiled = Kernels(card), 2 if card.tiny else 20
+    compiled, profiled = (options.pop(name, False) for name in ("compiled", "profiled"))
+    kernels, steps = Kernels(card), 2 if card.tiny else 20
     ends = [0]  # the step at which profiling ends, once it has begun
 
     def on_step(metrics) -> bool:
@@ -65,14 +73,13 @@ def measure(card: Card, result: Result, preset: str, stage: str, features: str, 
             return True
         if not window(metrics):
             return False
-        if storing:
+        if not profiled:
             return True
         kernels.start()
-        ends[0] = metrics.step + profiled
+        ends[0] = metrics.step + steps
         return False
 
     changes = {"epochs": 1} if storing else {}
-    compiled = options.pop("compiled", False)
     config = configure(card, preset, stage, features="exact" if storing else features, **changes, **options)
     listener = StepListener(on_step)
     run = make_run(config, listener, compiled=compiled)
@@ -84,6 +91,8 @@ def measure(card: Card, result: Result, preset: str, stage: str, features: str, 
     with card.memory(result):
         run.run()
     result["losses"] = listener.losses[:COMPARED]
+    if (graphs := run.train_step.graphs) is not None:
+        result["recordings"] = graphs.graphs.recorded
     if not window.times:  # the rows ended before the warm-up did
         result["skipped"] = "too few rows"
         return
@@ -106,7 +115,7 @@ def measure(card: Card, result: Result, preset: str, stage: str, features: str, 
         "share_of_product": round(rate / 1e12 / product, 4) if product else None,
     }
     if kernels.events:
-        result |= {"busy": round(kernels.busy, 3), "kernels": round(len(kernels.events) / profiled)}
+        result |= {"busy": round(kernels.busy, 3), "kernels": round(len(kernels.events) / steps)}
         result["longest"] = kernels.longest()
 
 

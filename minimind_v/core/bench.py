@@ -147,7 +147,10 @@ def _decode(size: int) -> float:
 
 
 def _learn(model: VLM, policy: str, rows: int) -> tuple[float, float]:
-    """Seconds and operations per sample of a pretraining step with cached features, as a run computes it."""
+    """Seconds and operations per sample of a pretraining step with cached features, as a run computes it.
+
+    On a GPU a run replays recorded steps, which takes less; here each kernel is launched.
+    """
     model.train()
     trained = freeze(model, policy)
     optimiser = AdamW(trained, 1e-6, model.device)

@@ -6,9 +6,10 @@ recording launches them all at once, always on the same tensors.
 
 from __future__ import annotations
 
-import functools
+import gc
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,24 +27,47 @@ WAITED = "called a synchronizing"  # in torch's warning of a wait; its notice ab
 
 T = TypeVar("T")
 Work = Callable[[], object]
-Record = Callable[[Work, torch.device, Any], Work]  # work, its device and a pool → a function that repeats it
+Record = Callable[[Work, torch.device, Any], Work]  # work, its device and a `GraphPool` → a function that repeats it
 Groups = Sequence[Sequence[Tensor]]  # tensors of one unit in each
 State = Callable[[], Groups]
 
-_LOCK = threading.Lock()  # of the stream that is recorded on
+_LOCK = threading.Lock()  # torch records one graph at a time; and of the streams that are idle
 _FAILED: list[object] = []  # recordings of this process that failed: the allocator may believe that they go on
+_IDLE: list[torch.cuda.Stream] = []  # whose owners are gone
 
 
-def record_cuda(work: Work, device: torch.device, pool: Any) -> Work:
-    """The work as a CUDA graph, which is replayed on the current stream. Raises RuntimeError.
+def own_stream(owner: object, device: torch.device) -> torch.cuda.Stream:
+    """A stream that its owner has alone while it lives: torch has 32, and hands each of them out again and again."""
+    with _LOCK:
+        stream = next((idle for idle in reversed(_IDLE) if idle.device == device), None)
+        if stream is None:
+            stream = torch.cuda.Stream(device)
+        else:
+            _IDLE.remove(stream)
+    weakref.finalize(owner, _IDLE.append, stream)
+    return stream
 
-    `pool` is memory that several graphs share, since none is replayed during another.
+
+class GraphPool:
+    """Memory that graphs of one kind share, since none is replayed in another, and the stream of their recordings.
+
+    cuBLAS keeps memory for each stream, within that of its first graph, and torch frees it with any graph of the stream
+    (pytorch#193402). So a stream has graphs of one pool only. A pool is new where all its graphs are gone, since torch
+    refuses one in which only cuBLAS still has memory.
     """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream, self.handle = own_stream(self, device), torch.cuda.graph_pool_handle()
+
+
+def record_cuda(work: Work, device: torch.device, pool: GraphPool) -> Work:
+    """The work as a CUDA graph, which is replayed on the current stream. Raises RuntimeError."""
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     try:
         with (
             torch.cuda.device(device),
-            torch.cuda.graph(graph, pool, _recorded_on(device, current), capture_error_mode="thread_local"),
+            _without_gc(),
+            torch.cuda.graph(graph, pool.handle, pool.stream, capture_error_mode="thread_local"),
         ):
             work()
     except torch.OutOfMemoryError:  # torch has ended the recording
@@ -55,10 +79,16 @@ def record_cuda(work: Work, device: torch.device, pool: Any) -> Work:
     return graph.replay
 
 
-@functools.cache
-def _recorded_on(device: torch.device, _: torch.cuda.Stream) -> torch.cuda.Stream:
-    """A stream for the recordings of another one: cuBLAS keeps memory for each, and two streams work at once."""
-    return torch.cuda.Stream(device)
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    """Collect no garbage meanwhile: to free an earlier graph would break a recording (pytorch#161037)."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @dataclass
@@ -91,8 +121,9 @@ class CudaGraphs:
     def clear(self) -> None:
         """Forget all recordings: their tensors are replaced by others."""
         self._graphs: dict[Hashable, _Graph] = {}
-        # A new one, since torch refuses a pool whose graphs are gone while cuBLAS still has memory in it.
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self._pool: GraphPool | None = None  # which leaves its stream to the next one
+        if self.device.type == "cuda":
+            self._pool = GraphPool(self.device)
 
     @property
     def recorded(self) -> int:

@@ -6,6 +6,7 @@ tensors again.
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 from contextlib import nullcontext
@@ -119,6 +120,28 @@ def test_ten_replayed_steps_equal_those_on_exact_shapes(kind, policy, tmp_path, 
     assert_same_weights(eager, recorded)
     assert not warnings
     assert (tapes.made, tapes.replayed) == (2, 22), "the passes and the update"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["small", "moe"])
+def test_nothing_of_autograd_outlives_a_pass(kind, dtype, tmp_path, warnings, monkeypatch):
+    """What sums a weight's gradient belongs to the stream of its pass: one of an eager pass would spoil a recording."""
+    recorded, grad = make_step(tmp_path, kind, dtype=dtype), torch.autograd.grad
+    record_steps(recorded, warnings.append)
+
+    def mark(loss, weights, **options):
+        for weight in weights:
+            torch.autograd.graph.get_gradient_edge(weight).node.metadata["of this pass"] = True
+        return grad(loss, weights, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", mark)
+    gc.disable()  # also no circle holds one
+    try:
+        train(recorded, [shapes(1)])
+        nodes = [torch.autograd.graph.get_gradient_edge(weight).node for weight in recorded.trainable]
+        assert not any("of this pass" in node.metadata for node in nodes)
+    finally:
+        gc.enable()
 
 
 def test_weights_are_cast_anew_at_each_replay(tmp_path, warnings):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from minimind_v.core.cuda_graph import CudaGraphs, Record, record_cuda
+from minimind_v.core.cuda_graph import CudaGraphs, Record, own_stream, record_cuda
 from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.feature_cache import FeatureCache, FeatureEncoder
 
@@ -53,7 +53,10 @@ class VisionStage:
 
     def __init__(self, cache: FeatureCache, encoder: FeatureEncoder, record: Record = record_cuda) -> None:
         self.cache, self.encoder = cache, encoder
-        self._stream = _side_stream(encoder.device)
+        self._stream = None  # where only tests run this
+        if encoder.device.type == "cuda":  # it begins after what is launched so far
+            self._stream = own_stream(self, encoder.device)
+            self._stream.wait_stream(torch.cuda.current_stream(encoder.device))
         self.graphs = CudaGraphs(encoder.device, "images are encoded", cache.warn, 0.0, record)
         self._pixels = self._features = torch.empty(0)  # of a group, in memory that stays
         self._waiting: deque[_Images] = deque()
@@ -159,12 +162,3 @@ class VisionStage:
         if not len(self._features):
             self._features = torch.empty_like(features)
         self._features.copy_(features)
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream that begins after what is launched so far; None where only tests run this."""
-    if device.type != "cuda":
-        return None
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return stream

@@ -247,6 +247,8 @@ def estimate(config: RunConfig, row: TypicalRow, rows: float, steps: int) -> Est
     except Exception as error:  # an estimate must not end the statistics
         return Estimate(None, f"not measured: {' '.join(str(error).split())[:200] or type(error).__name__}")
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else gpu_names()[device.index or 0]
+    if device.type == "cuda":
+        where += ", kernel by kernel; a run replays recorded steps, which takes less"
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1):
         where += ", which are busy with other work; on an idle machine training may be many times faster"
     return Estimate(
