@@ -418,7 +418,8 @@ def test_a_conversation_that_is_deleted_while_it_is_answered_does_not_come_back(
     page.locator(".answer > .text:visible").wait_for()
     page.locator("#conversations li").hover()
     page.locator("#conversations [data-key$=':remove']").click()
-    page.locator(".welcome").wait_for()
+    page.locator("#conversations li").wait_for(state="detached")
+    assert page.locator(".welcome").is_visible()
     stub.held = None
     page.wait_for_timeout(500)
     page.reload()
