@@ -6,7 +6,7 @@ import pty
 import re
 import shlex
 import signal
-import time
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +44,8 @@ class Conversation:
 
     def interrupt(self):
         """Press Ctrl-C once the line is being read: `input` loses one that comes just behind its prompt."""
-        time.sleep(0.3)
+        state = Path(f"/proc/{self.mmv.pid}/stat")
+        self.mmv.until(lambda: state.read_text().rpartition(") ")[2][0] == "S")
         self.mmv.send(signal.SIGINT)
 
     def leave(self, line="/quit\n"):

@@ -3,10 +3,11 @@
 import json
 import math
 import signal
+import time
 
 import pytest
 
-from tests.cli.harness import ASSETS, EYE, SIGHT, Running, installed, read_rows, run_mmv, write_rows
+from tests.cli.harness import ASSETS, EYE, PATIENCE, SIGHT, Running, installed, read_rows, run_mmv, write_rows
 
 
 @pytest.fixture
@@ -169,12 +170,19 @@ def whole(sighted, tiny_data, tmp_path_factory):
     return installed(*resumable(sighted, tiny_data, out)).json, (out / "predictions.jsonl").read_bytes()
 
 
+def waits_before_its_end():
+    """However late the kill comes on a busy machine, it comes before the predictions are written."""
+    from minimind_v.core.evaluate import by_task
+
+    by_task.lines_of = lambda *_: time.sleep(PATIENCE)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_a_killed_evaluation_is_resumed_to_the_same_predictions(sighted, tiny_data, tmp_path, whole, gpus):
     out = tmp_path / "killed"
     words, replies = [*resumable(sighted, tiny_data, out), "--gpus", gpus], out / ".replies.jsonl"
-    running = Running(tmp_path / "log", *words)
+    running = Running(tmp_path / "log", *words, prepare=waits_before_its_end)
     running.until(lambda: replies.exists() and replies.read_bytes().count(b"\n") >= 3).send(signal.SIGKILL).wait()
     kept = replies.read_text().splitlines(keepends=True)
     assert not (out / "predictions.jsonl").exists()

@@ -60,15 +60,21 @@ def run_script(folder, *command):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.fixture(scope="module")
+def patches(tmp_path_factory):
+    """The folder of the example's vision tower, as its own program writes it."""
+    folder = tmp_path_factory.mktemp("tower")
+    shutil.copy(EXAMPLES / "extend_tower.py", folder)
+    done = run_script(folder, "extend_tower.py", folder / "patches")
+    assert done.returncode == 0, done.stderr
+    return folder / "patches"
+
+
 @pytest.fixture(params=NAMES)
-def example(request, tmp_path):
-    """A copy of the example outside the package, the vision folder that it takes, and its settings and numbers."""
+def example(request, tmp_path, patches):
+    """A copy of the example outside the package, the vision folder that it takes, and its settings."""
     shutil.copy(EXAMPLES / f"{request.param}.py", tmp_path)
-    vision = EYE
-    if request.param == "extend_tower":
-        vision = tmp_path / "patches"
-        done = run_script(tmp_path, f"{request.param}.py", vision)
-        assert done.returncode == 0, done.stderr
+    vision = patches if request.param == "extend_tower" else EYE
     sets = ("projector=shuffle",) if request.param == "extend_projector" else ()
     return request.param, vision, sets
 

@@ -63,7 +63,7 @@ def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     blank_weights(folder / "lm_512.pth", "small", projector=False)
     torch.save(load_file(ASSETS / "vision" / "model.safetensors"), folder / "pytorch_model.bin")
-    for written, _ in (write_pretrain(folder, random.Random(1), 16), write_sft(folder, random.Random(2), 4)):
+    for written, _ in (write_pretrain(folder, random.Random(1), 4), write_sft(folder, random.Random(2), 4)):
         name = written.data.name.replace("_data.jsonl", "_i2t.parquet")
         convert(open_rows(written.data, written.images), folder / name)
     shutil.copytree(ASSETS / "vision", folder, dirs_exist_ok=True)

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -36,6 +37,11 @@ def rows_of(values, weights=None):
 
 def names(sizes):
     """The cluster of each row, of clusters of these sizes."""
+    return _names(tuple(sizes))
+
+
+@lru_cache(maxsize=9)
+def _names(sizes):
     return [str(number) for number, size in enumerate(sizes) for _ in range(size)]
 
 

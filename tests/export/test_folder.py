@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from minimind_v.core.errors import UsageError
 from minimind_v.core.export import folder as folders
 from minimind_v.core.export.folder import export, read_manifest
-from minimind_v.core.export.prove.worker import Worker
 from minimind_v.core.export.targets import Target
 from minimind_v.core.files import sweep
 from minimind_v.core.formats.checkpoint import read_checkpoint
@@ -137,13 +136,6 @@ SPOILT = {
     "layer": (lambda folder: spoil_json(folder, "config.json", vision_feature_layer=-2), "largest logit difference"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "transformers could not open"),
 }
-
-
-@pytest.fixture(scope="module")
-def prover():
-    """One process for all: the import of transformers takes longer than the rest."""
-    with Worker("minimind_v.core.export.prove.ask_hf") as worker:
-        yield worker
 
 
 @pytest.mark.long

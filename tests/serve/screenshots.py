@@ -31,14 +31,19 @@ QUESTIONS = {
 
 
 def shoot(model: Path, folder: Path) -> list[Path]:
-    """Talk to a model on the page, greedily, and write an image of each of `SHOTS`; returns their paths."""
-    picture = encoded(world.draw(SCENE, random.Random(1)), "PNG")
+    """Write the images of a server of their own; returns their paths."""
     with tempfile.TemporaryDirectory() as scratch, open_browser() as browser:
         server = Server(Path(scratch), model=model)
         try:
-            return [_shot(browser, server.url, picture, folder / f"{name}.png", shot) for name, shot in SHOTS.items()]
+            return shots(browser, server.url, folder)
         finally:
             server.end()
+
+
+def shots(browser: Any, url: str, folder: Path) -> list[Path]:
+    """Talk to a model on the page, greedily, and write an image of each of `SHOTS`; returns their paths."""
+    picture = encoded(world.draw(SCENE, random.Random(1)), "PNG")
+    return [_shot(browser, url, picture, folder / f"{name}.png", options) for name, options in SHOTS.items()]
 
 
 def _shot(browser: Any, url: str, picture: bytes, path: Path, options: dict[str, Any]) -> Path:

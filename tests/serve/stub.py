@@ -39,7 +39,7 @@ class Stub:
         self.models = {"tiny": ABILITIES}
         self.answer = "A small red circle at the top left."
         self.reasoning = ""
-        self.pause = 0.0  # seconds before each word
+        self.held: int | None = None  # an answer waits before this word, until a test sets another
         self.busy = 0  # requests that are refused with 429 before one is answered
         self.key = ""
         self.failures = 0  # lists of models that end with an error before one is given
@@ -97,18 +97,17 @@ class Stub:
     async def stream(self) -> AsyncIterator[str]:
         first = {"mmv": {"dropped_turns": self.dropped_turns}} if self.dropped_turns else {}
         yield event(delta={"role": "assistant"}, **first)
-        await asyncio.sleep(self.pause)
         for word in self.reasoning.split():
             yield event(delta={"reasoning_content": f"{word} "})
-            await asyncio.sleep(self.pause)
         words = self.answer.split(" ")
         for number, word in enumerate(words):
+            while number == self.held:
+                await asyncio.sleep(0.01)
             if number == len(words) // 2 and (self.breaks or self.error):
                 if self.error:
                     yield f"data: {json.dumps({'error': {'message': self.error}})}\n\n"
                 return
             yield event(delta={"content": f" {word}" if number else word})
-            await asyncio.sleep(self.pause)
         yield event(delta={}, finish_reason=self.finish)
         usage = {"prompt_tokens": 80, "completion_tokens": len(words), "total_tokens": 80 + len(words)}
         yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n"

@@ -21,7 +21,13 @@ from tests.serve.page_actions import (
 from tests.serve.stub import ABILITIES, PAGE
 
 pytestmark = pytest.mark.long
-SLOW = 0.25  # seconds between two words, so that a test can act while an answer grows
+HALF = 4  # words of the stub's answer that have come when a test acts while it grows
+
+
+def requested(page, stub, count):
+    """Wait until the page has asked the server so often."""
+    while len(stub.requests) < count:
+        page.wait_for_timeout(20)
 
 
 # --- questions and answers --------------------------------------------------------------------------------------------
@@ -71,7 +77,7 @@ def test_a_photo_can_be_taken_with_the_camera(page, stub):
 
 
 def test_an_answer_can_be_stopped_and_repeated_and_both_versions_stay(page, stub):
-    stub.pause = SLOW
+    stub.held = HALF
     ask(page, "Describe it.")
     page.locator(".answer > .text:visible").wait_for()
     page.keyboard.press("Escape")
@@ -79,7 +85,7 @@ def test_an_answer_can_be_stopped_and_repeated_and_both_versions_stay(page, stub
     assert stub.answer.startswith(stopped)
     assert stopped != stub.answer
     assert page.locator(".notice").text_content() == "Stopped."
-    stub.pause = 0.0
+    stub.held = None
     page.click("[data-key$=':retry']")
     page.locator(".answer .versions").wait_for()
     assert answers(page) == [stub.answer]
@@ -376,14 +382,14 @@ def test_a_question_is_shown_and_the_page_is_busy_before_the_history_has_stored_
 
 
 def test_an_answer_that_a_reload_cut_off_can_be_asked_again(page, stub):
-    stub.pause = SLOW
+    stub.held = HALF
+    page.evaluate("() => { let now = Date.now(); Date.now = () => (now += 2000); }")  # each word is stored as it comes
     ask(page, "Slow?")
     page.locator(".answer > .text:visible").wait_for()
-    page.wait_for_timeout(1300)
     page.reload()
     page.wait_for_selector("html[data-ready]")
     assert "The connection ended" in page.locator(".notice").text_content()
-    stub.pause = 0.0
+    stub.held = None
     page.click("[data-key$=':retry']")
     page.locator(".stats").wait_for()
     assert answers(page) == [stub.answer]
@@ -407,13 +413,15 @@ def test_conversations_can_be_renamed_deleted_and_restored(page):
 
 
 def test_a_conversation_that_is_deleted_while_it_is_answered_does_not_come_back(page, stub):
-    stub.pause = SLOW
+    stub.held = HALF
     ask(page, "Forget this")
     page.locator(".answer > .text:visible").wait_for()
     page.locator("#conversations li").hover()
     page.locator("#conversations [data-key$=':remove']").click()
-    page.locator(".welcome").wait_for()
-    page.wait_for_timeout(1500)
+    page.locator("#conversations li").wait_for(state="detached")
+    assert page.locator(".welcome").is_visible()
+    stub.held = None
+    page.wait_for_timeout(500)
     page.reload()
     page.wait_for_selector("html[data-ready]")
     assert page.locator("#conversations li").count() == 0
@@ -486,10 +494,12 @@ def test_two_tabs_that_ask_at_once_keep_both_answers_whole(page, stub, stub_serv
     other = page.context.new_page()
     other.goto(stub_server.url)
     open_conversation(other, "First")
-    stub.pause = SLOW
+    stub.held = HALF
     ask(page, "Second")
     other.locator(".question .text", has_text="Second").wait_for()
     ask(other, "Third")
+    requested(page, stub, 3)
+    stub.held = None
     for tab in (page, other):
         tab.locator(".question .text", has_text="Third").wait_for()
         tab.locator(".stats").nth(2).wait_for()
@@ -545,7 +555,7 @@ def test_an_answer_that_breaks_off_says_so_and_the_server_is_not_called_gone(pag
 
 
 def test_a_server_that_is_gone_is_said_and_found_again(page, stub, stub_server):
-    stub.pause = SLOW
+    stub.held = HALF
     ask(page, "Hi")
     page.locator(".answer > .text:visible").wait_for()
     stub_server.stop()
@@ -554,7 +564,7 @@ def test_a_server_that_is_gone_is_said_and_found_again(page, stub, stub_server):
     stub_server.start()
     page.locator(".toast", has_text="The server answers again.").wait_for()
     assert page.locator("#banner").text_content() == ""
-    stub.pause = 0.0
+    stub.held = None
     page.click("[data-key$=':retry']")
     page.locator(".stats").wait_for()
     assert answers(page) == [stub.answer]
@@ -620,6 +630,9 @@ PALE = """() => {
             return [element.textContent.slice(0, 40), (a + 0.05) / (b + 0.05)]; })
         .filter(([, contrast]) => contrast < 4.5);
 }"""
+# Colours have changed, and what moves for a time has moved.
+SETTLED = """() => Promise.allSettled(document.getAnimations()
+    .filter(({ effect }) => effect.getComputedTiming().endTime < Infinity).map(({ finished }) => finished))"""
 IDS = "() => [...document.querySelectorAll('[id]')].map(({ id }) => id)"
 
 
@@ -637,7 +650,7 @@ def test_every_control_has_a_name_and_every_text_has_contrast(open_page, stub, s
     ):
         prepare()
         assert page.evaluate(UNNAMED) == []
-        page.wait_for_timeout(300)  # colours have changed
+        page.evaluate(SETTLED)
         assert page.evaluate(PALE) == []
         ids = page.evaluate(IDS)
         assert len(ids) == len(set(ids))
@@ -723,12 +736,15 @@ def test_the_keyboard_alone_reaches_all_shows_where_it_is_and_is_never_trapped(p
 
 
 def test_a_screen_reader_hears_the_finished_answer_and_not_each_word(page, stub):
-    stub.pause = 0.1
+    stub.held = HALF
     page.evaluate("""() => {
         const [announcer, spoken] = [document.getElementById("announcer"), (window.spoken = [])];
         new MutationObserver(() => spoken.push(announcer.textContent)).observe(announcer, { childList: true });
     }""")
-    ask_and_wait(page, "Hi")
+    ask(page, "Hi")
+    page.locator(".answer > .text:visible").wait_for()
+    stub.held = None
+    answers(page)
     assert page.evaluate("() => spoken") == [f"Answer: {stub.answer}"]
     assert page.locator("#thread").get_attribute("aria-live") is None
 
@@ -746,7 +762,7 @@ def test_the_theme_and_the_language_can_be_switched_and_are_kept(page):
 
 
 def test_nothing_moves_for_those_who_asked_for_that(open_page, stub, stub_server):
-    stub.pause = SLOW
+    stub.held = 0
     page = open_page(stub_server.url, reduced_motion="reduce")
     ask(page, "Hi")
     page.locator(".status .spinner").wait_for()
@@ -754,13 +770,17 @@ def test_nothing_moves_for_those_who_asked_for_that(open_page, stub, stub_server
 
 
 def test_two_conversations_can_be_answered_at_once(page, stub):
-    stub.pause = SLOW
+    stub.held = HALF
     ask(page, "First")
     page.locator(".answer").wait_for()
     page.keyboard.press("Alt+n")
     ask(page, "Second")
     page.locator(".question .text", has_text="Second").wait_for()
-    assert answers(page) == [stub.answer]
+    requested(page, stub, 2)
     open_conversation(page, "First")
     assert page.locator(".question .text").all_text_contents() == ["First"]
+    stub.held = None
+    assert answers(page) == [stub.answer]
+    assert ask_and_wait(page, "More") == stub.answer  # by then the history lists the other answer, too
+    open_conversation(page, "Second")
     assert answers(page) == [stub.answer]

@@ -2,8 +2,6 @@
 
 import base64
 import signal
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
@@ -11,6 +9,7 @@ from PIL import Image
 from tests.cli.harness import ROOT
 from tests.serve.harness import QUESTION
 from tests.serve.page_actions import answers, ask, ask_and_wait, attach, scene
+from tests.serve.screenshots import shots
 
 pytestmark = pytest.mark.long
 
@@ -127,11 +126,8 @@ def test_a_server_with_a_key_gives_the_page_and_answers_with_the_key_only(browse
     context.close()
 
 
-def test_the_images_of_the_docs_can_be_made_again_and_are_small(browser, tmp_path):
-    code = "import sys; from pathlib import Path; from tests.cli.harness import sighted; "
-    code += "from tests.serve.screenshots import shoot; shoot(sighted(), Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", code, tmp_path], check=True, cwd=ROOT)  # a browser of its own
-    names = sorted(path.name for path in tmp_path.iterdir())
+def test_the_images_of_the_docs_can_be_made_again_and_are_small(browser, server, tmp_path):
+    names = sorted(path.name for path in shots(browser, server.url, tmp_path))
     assert names == ["page-dark-zh-phone.png", "page-light.png"]
     for name in names:
         assert Image.open(ROOT / "docs" / "images" / name).size == Image.open(tmp_path / name).size

@@ -188,10 +188,8 @@ def test_a_data_uri_is_read_in_its_forms(server):
     ],
 )
 def test_an_image_that_cannot_be_read_is_refused(server, data, words):
-    begin = time.monotonic()
     message = refused(server.chat([text_item(), image_item(data, "image/png")]), 400, "messages", "invalid_image")
     assert words in message
-    assert time.monotonic() - begin < 5
 
 
 @pytest.mark.parametrize(
@@ -300,12 +298,10 @@ def test_a_body_that_never_ends_is_refused_at_the_limit(start):
 @pytest.mark.long
 def test_a_client_that_sends_too_slowly_is_ended(start):
     server = start(prepare=small_limits)
-    begin = time.monotonic()
     assert exchange(server, b"GET /health HTTP/1.1\r\nHost: ") == b""  # headers that do not arrive
     assert exchange(server, b"") == b""
     received = exchange(server, raw_request(b'{"messages"', "X: y").replace(b": 11\r\n", b": 5000\r\n"))
     assert received.startswith(b"HTTP/1.1 408 ")
-    assert time.monotonic() - begin < 10
     assert server.chat().status == 200
 
 

@@ -106,7 +106,7 @@ class Demo:
         after = self._stage(
             "eval", "evaluation: new scenes, with their images and with blank ones, and new pairs",
             [_command("eval", "--model", sft, *tests[0], "--blind"), _command("eval", "--model", sft, *tests[1])],
-            lambda: self._score(loaded),
+            lambda: self._score(loaded) | {"blank": self._evaluate(loaded, self.scenes_set, blank=True)},
         )  # fmt: skip
         picture, question = self.pictures[EXAMPLE]
         chat = _command("chat", "--model", sft, "--greedy", "--image", picture, question.text)
@@ -212,11 +212,7 @@ class Demo:
             raise SystemExit(128 + summary.stopped_by)
 
     def _score(self, loaded: LoadedModel) -> dict[str, Scores]:
-        return {
-            "scenes": self._evaluate(loaded, self.scenes_set),
-            "pairs": self._evaluate(loaded, self.pairs_set),
-            "blank": self._evaluate(loaded, self.scenes_set, blank=True),
-        }
+        return {"scenes": self._evaluate(loaded, self.scenes_set), "pairs": self._evaluate(loaded, self.pairs_set)}
 
     def _evaluate(self, loaded: LoadedModel, rows: DemoSet, blank: bool = False) -> Scores:
         tokenizer = loaded.tokenizer

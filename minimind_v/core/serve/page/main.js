@@ -79,8 +79,9 @@ class App {
   async storedElsewhere(id) {
     this.history.show();
     const conversation = (await this.store.list()).find((stored) => stored.id === id);
-    const isBusy = this.opening || this.chat.running || this.thread.editing;
-    if (!conversation || id !== this.current() || isBusy) return;
+    if (!conversation || id !== this.current()) return;
+    this.chat.isBehind = Boolean(this.chat.running); // then it is shown at the end of the answer
+    if (this.opening || this.chat.running || this.thread.editing) return;
     const selected = { ...conversation.selected, ...this.chat.conversation.selected }; // its own branch stays
     await this.open({ ...conversation, selected });
   }
@@ -94,6 +95,7 @@ class App {
     if (chat === this.chat) this.thread.show(chat, { toEnd: this.thread.follows });
     this.showForm();
     this.stored(chat.conversation);
+    if (chat === this.chat && chat.isBehind) this.storedElsewhere(chat.conversation.id);
     if (node.end === "stopped") announce(t("answerStopped"));
     else
       announce(

@@ -22,7 +22,7 @@ export function select(conversation, node) {
   conversation.selected[node.parent] = node.id;
 }
 
-/** Add what only `other`, the same conversation in another tab, has: messages, and the rest of answers. */
+/** Add what only `other`, the same conversation in another tab, has: messages, what follows, and the rest of answers. */
 export function merge(conversation, other) {
   const byId = new Map(conversation.nodes.map((node) => [node.id, node]));
   const length = ({ text, reasoning = "" }) => text.length + reasoning.length;
@@ -31,6 +31,7 @@ export function merge(conversation, other) {
     if (own && ((node.end && !own.end) || length(node) > length(own))) Object.assign(own, node);
     if (!own && length(node)) conversation.nodes.push(node); // an answer without a word may have been replaced
   }
+  conversation.selected = { ...other?.selected, ...conversation.selected };
 }
 
 /** All versions of a message, itself included. */
