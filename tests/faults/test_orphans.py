@@ -19,8 +19,7 @@ from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.loader import load_batches, load_steps
 from minimind_v.core.export.prove.worker import Worker
 from minimind_v.core.processes import Parent, end_processes
-from tests.cli.harness import ROOT, Running, tiny_data
-from tests.cli.harness import _sessions as sessions
+from tests.cli.harness import ROOT, Running, sessions, tiny_data
 
 WORKERS = 6
 

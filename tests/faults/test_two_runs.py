@@ -17,7 +17,7 @@ from minimind_v.core.formats import load as opening
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.train import records
 from tests.cli.harness import Running, read_rows, run_mmv, sighted, tiny_data, tree
-from tests.train.test_distributed import workers_of
+from tests.train.test_distributed import stay_in_step_4, workers_of
 
 LONG = {"epochs": 10_000, "workers": 2, "save_every": 3}
 NAME = "pretrain_vlm_128"
@@ -149,17 +149,12 @@ def test_a_run_that_is_killed_is_in_nobodys_way(tmp_path, start):
 
 @pytest.mark.long
 def test_a_leader_that_is_killed_does_not_keep_the_others_from_starting_again(tmp_path, start):
-    run = start("--max-restarts", "1", gpus=2, batch_size=2, workers=1, epochs=3)
+    run = start("--max-restarts", "1", prepare=stay_in_step_4, gpus=2, batch_size=2, workers=1)
     run.until(lambda: "step 4/" in run.err)
-    os.kill(leader_of(run), signal.SIGKILL)
+    os.kill(workers_of(run)[0], signal.SIGKILL)
     ended = run.wait()
     assert ended.code == 0, ended.err
     assert "a process was lost: all processes have restarted" in ended.err
-
-
-def leader_of(run):
-    """The process of rank 0."""
-    return next(pid for pid in workers_of(run) if b"RANK=0" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
 
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
