@@ -8,7 +8,6 @@ import platform
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
 

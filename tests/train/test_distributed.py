@@ -35,7 +35,6 @@ from minimind_v.core.train.launch import Launch
 from minimind_v.core.train.step import TrainStep
 from tests.cli.harness import (
     MMV,
-    PATIENCE,
     ROOT,
     Running,
     installed,
