@@ -16,7 +16,8 @@ from minimind_v.core.formats import load as opening
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.train import records
 from tests.cli.harness import Running, read_rows, run_mmv, sighted, tiny_data, tree
-from tests.train.test_distributed import stay_in_step_4, workers_of
+from tests.train.staying import STEP, UNTIL, stay
+from tests.train.test_distributed import workers_of
 
 LONG = {"epochs": 10_000, "workers": 2, "save_every": 3}
 NAME = "pretrain_vlm_128"
@@ -147,8 +148,10 @@ def test_a_run_that_is_killed_is_in_nobodys_way(tmp_path, start):
 
 
 @pytest.mark.long
-def test_a_leader_that_is_killed_does_not_keep_the_others_from_starting_again(tmp_path, start):
-    run = start("--max-restarts", "1", prepare=stay_in_step_4, gpus=2, batch_size=2, workers=1)
+def test_a_leader_that_is_killed_does_not_keep_the_others_from_starting_again(tmp_path, start, monkeypatch):
+    monkeypatch.setenv(STEP, "4")
+    monkeypatch.setenv(UNTIL, str(tmp_path / "never"))
+    run = start("--max-restarts", "1", prepare=stay, gpus=2, batch_size=2, workers=1)
     run.until(lambda: "step 4/" in run.err)
     os.kill(workers_of(run)[0], signal.SIGKILL)
     ended = run.wait()

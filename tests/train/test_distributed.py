@@ -21,7 +21,6 @@ import pytest
 import torch
 from torch import nn
 
-from minimind_v.cli.live import TrainView
 from minimind_v.core.config.schema import DataConfig, RunConfig
 from minimind_v.core.cuda_graph import EAGER
 from minimind_v.core.data.batch import Batch
@@ -47,6 +46,7 @@ from tests.cli.harness import (
 )
 from tests.model.conftest import SPEC, tiny_vlm
 from tests.train.late import make_batch, make_step, no_waits, record_steps, tensors_of
+from tests.train.staying import STEP, UNTIL, stay
 
 NAME = "pretrain_vlm_128"
 ROWS = {"epochs": 2, "batch_size": 8, "save_every": 3}  # 40 rows: 10 steps, none of them short
@@ -211,18 +211,6 @@ def start(
     return Running(folder, *tiny_data().train(out, **HALF | changes), *options, prepare=prepare)
 
 
-def stay_in_step_4() -> None:
-    """The leading process says a step and never begins the next one."""
-    step = TrainView.step
-
-    def last_step(view, metrics, logged):
-        step(view, metrics, logged)
-        if metrics.step == 4:
-            time.sleep(600)
-
-    TrainView.step = last_step
-
-
 @pytest.mark.long
 def test_a_pair_that_is_stopped_and_killed_ends_as_if_it_had_not(tmp_path, pair):
     """Every process on one thread, as in `pair`: what is compared bit for bit."""
@@ -278,10 +266,12 @@ def test_one_that_is_killed_ends_all_within_seconds(tmp_path, victim):
 
 
 @pytest.mark.long
-def test_after_one_process_is_killed_all_resume(tmp_path, pair):
+def test_after_one_process_is_killed_all_resume(tmp_path, pair, monkeypatch):
     """Those that start again are no forks, and so do not stay in a step."""
     out = tmp_path / "out"
-    run = start(tmp_path / "run", out, "--max-restarts", "1", prepare=stay_in_step_4, save_every=1)
+    monkeypatch.setenv(STEP, "4")
+    monkeypatch.setenv(UNTIL, str(tmp_path / "never"))
+    run = start(tmp_path / "run", out, "--max-restarts", "1", prepare=stay, save_every=1)
     run.until(lambda: "step 4/" in run.err)
     os.kill(workers_of(run)[0], signal.SIGKILL)
     ended = run.wait()
