@@ -51,8 +51,10 @@ def assert_refused(ended, run):
 
 
 @pytest.mark.long
-def test_the_second_is_refused_in_the_middle_of_the_first(tmp_path, start):
-    run = start().until(lambda: (tmp_path / "out" / f"{NAME}.pth").exists())
+def test_the_second_is_refused_in_the_middle_of_the_first(tmp_path, start, monkeypatch):
+    monkeypatch.setenv(STEP, "4")
+    monkeypatch.setenv(UNTIL, str(tmp_path / "never"))
+    run = start(prepare=stay).until(lambda: (tmp_path / "out" / f"{NAME}.pth").exists())
     for options in ((), ("--resume",), ("--overwrite",)):
         ended = run_mmv(*tiny_data().train(tmp_path / "out"), *options)
         assert_refused(ended, tmp_path / "out" / f"{NAME}.pth")
@@ -151,7 +153,7 @@ def test_a_run_that_is_killed_is_in_nobodys_way(tmp_path, start):
 def test_a_leader_that_is_killed_does_not_keep_the_others_from_starting_again(tmp_path, start, monkeypatch):
     monkeypatch.setenv(STEP, "4")
     monkeypatch.setenv(UNTIL, str(tmp_path / "never"))
-    run = start("--max-restarts", "1", prepare=stay, gpus=2, batch_size=2, workers=1)
+    run = start("--max-restarts", "1", prepare=stay, gpus=2, batch_size=2, workers=1, epochs=1)
     run.until(lambda: "step 4/" in run.err)
     os.kill(workers_of(run)[0], signal.SIGKILL)
     ended = run.wait()
