@@ -277,6 +277,7 @@ def test_after_one_process_is_killed_all_resume(tmp_path, pair, monkeypatch):
     ended = run.wait()
     assert ended.code == 0, ended.err
     assert "a process was lost: all processes have restarted" in ended.err
+    assert "resuming after step" in ended.err
     assert [record["loss"] for record in curve(out)] == [record["loss"] for record in curve(pair)]
 
 
