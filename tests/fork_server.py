@@ -2,6 +2,8 @@
 
 A fork has a session, files, arguments and an environment of its own, and runs the installed script from its first line.
 Where an environment has other settings that are read when Python or torch starts, the script is started afresh.
+The processes of `mmv train --gpus` are forks as well, and children of the launcher as always; a second time, after one
+was lost, it starts them afresh.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MMV = Path(sys.executable).with_name("mmv")
 # Nothing of the project, and nothing that starts threads or reads the environment when it is imported.
-PRELOADED = ("torch", "torch.utils.data", "torch.distributed", "safetensors.torch", "tokenizers",
-             "PIL.Image", "yaml", "filelock", "typer", "rich.progress", "multiprocessing.connection")  # fmt: skip
+PRELOADED = ("torch", "torch.utils.data", "torch.distributed.nn.functional", "safetensors.torch", "tokenizers",
+             "numpy.random", "PIL.Image", "yaml", "filelock", "typer", "pydantic.type_adapter",
+             "pydantic.functional_validators", "rich.progress", "multiprocessing.connection")  # fmt: skip
 READ_AT_START = ("PYTHON", "OMP_", "MKL_", "KMP_", "LC_", "LANG", "LD_", "TORCH",
                   "NPY_", "TYPER_", "_TYPER", "TERMINAL_")  # fmt: skip
 SET_BY_TORCH = "TORCHINDUCTOR_CACHE_DIR"  # in each process that imports torch._dynamo
@@ -67,14 +70,16 @@ def start(
     cwd: Path | None = None,
     terminal: bool = False,
     prepare: Callable[[], None] | None = None,
+    afresh: bool = False,
 ) -> Fork | subprocess.Popen[bytes]:
     """Start `mmv` with three files, as the leader of a session; with `terminal`, that of the first file.
 
-    `prepare`, a function of a module, is called in the new process before the command begins.
+    `prepare`, a function of a module, is called in the new process before the command begins; in processes of `--gpus`
+    as well. With `afresh` nothing is forked.
     """
     before = [prepare.__module__, prepare.__name__] if prepare else None
     order = {"args": args, "env": env, "cwd": str(cwd or Path.cwd()), "terminal": terminal, "prepare": before}
-    if sys.platform == "linux" and _settings(env) == _settings(ENVIRONMENT):
+    if sys.platform == "linux" and _settings(env) == _settings(ENVIRONMENT) and not afresh:
         return _server().fork(order, files)
     command = [sys.executable, "-m", __name__, json.dumps(order)] if before else [str(MMV), *args]
     return subprocess.Popen(
@@ -122,6 +127,7 @@ def _serve(channel: socket.socket) -> dict[str, Any] | None:
     """Fork for each order until the socket is closed; returns None then, and in each fork its order."""
     for name in PRELOADED:
         importlib.import_module(name)
+    sys.modules["PIL.Image"].init()  # imports the module of every format
     gc.collect()
     gc.freeze()
     running: dict[int, tuple[int, int]] = {}  # by the file of a process: its id, and where its exit code is written
@@ -174,6 +180,49 @@ def _take_signals_and_terminal(terminal: bool) -> None:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C typed there becomes a signal
 
 
+def _fork_ranks(order: dict[str, Any]) -> dict[str, Any]:
+    """Fork the processes that a launcher will start, while it has one thread; there they wait until it does.
+
+    Returns the order: in each of them its own, with the arguments and the environment that the launcher gives it.
+    """
+    count = int(order["args"][order["args"].index("--gpus") + 1]) if "--gpus" in order["args"] else 0
+    if count <= 1 and "--nnodes" not in order["args"]:
+        return order
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    waiting: list[tuple[int, socket.socket]] = []
+    for _ in range(count or 1):
+        channel, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = os.fork()
+        if not pid:
+            os.setsid()
+            for other in (channel, *(other for _, other in waiting)):
+                other.close()
+            with end:
+                message = end.recv(2**20)
+            if not message:  # the launcher ended before it started any
+                os._exit(0)
+            return order | json.loads(message)
+        end.close()
+        waiting.append((pid, channel))
+
+    class Started(subprocess.Popen):
+        """The next of those that wait; a process that is started afresh when none does."""
+
+        def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others) -> None:
+            if not waiting:
+                super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others)
+                return
+            assert list(args[:3]) == [sys.executable, "-m", "minimind_v"]
+            self.pid, channel = waiting.pop(0)
+            self._child_created = True
+            with channel:
+                channel.send(json.dumps({"args": args[3:], "env": env, "cwd": str(Path.cwd())}).encode())
+
+    subprocess_handler.Popen = Started
+    return order
+
+
 def _run(order: dict[str, Any]) -> None:
     """Run the installed script as an order says."""
     _take_signals_and_terminal(order["terminal"])
@@ -190,6 +239,7 @@ def _run(order: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    order = _serve(socket.socket(fileno=int(sys.argv[1]))) if sys.argv[1].isdigit() else json.loads(sys.argv[1])
-    if order is not None:
-        _run(order)
+    if not sys.argv[1].isdigit():
+        _run(json.loads(sys.argv[1]))
+    elif order := _serve(socket.socket(fileno=int(sys.argv[1]))):
+        _run(_fork_ranks(order))

@@ -93,12 +93,14 @@ def run_mmv(*args: object, stdin: str | bytes = b"") -> Ended:
     return Ended(code, out.getvalue(), err.getvalue())
 
 
-def installed(*args: object, stdin: str = "", cwd: Path | None = None, **environment: str) -> Ended:
-    """Run the installed command to its end; keywords add to its environment."""
+def installed(
+    *args: object, stdin: str = "", cwd: Path | None = None, afresh: bool = False, **environment: str
+) -> Ended:
+    """Run the installed command to its end; other keywords add to its environment."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         read, write = os.pipe()
         files = [read, out.fileno(), err.fileno()]
-        process = fork_server.start([*map(str, args)], files, os.environ | environment, cwd)
+        process = fork_server.start([*map(str, args)], files, os.environ | environment, cwd, afresh=afresh)
         os.close(read)
         with contextlib.suppress(BrokenPipeError), open(write, "w", encoding="utf-8") as pipe:
             pipe.write(stdin)
@@ -163,10 +165,11 @@ class Running:
         *args: object,
         terminal: str | None = None,
         prepare: Callable[[], None] | None = None,
+        afresh: bool = False,
     ) -> None:
         """`folder` gets the files `stdout` and `stderr`, unless `terminal` is the name of one.
 
-        `prepare`, a function of a module, is called in the new process before the command begins.
+        `prepare` and `afresh` are those of `fork_server.start`.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -175,7 +178,7 @@ class Running:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         if terminal:  # its own size counts, not what a worker of pytest exports
             environment = {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")}
-        self.process = fork_server.start([*map(str, args)], files, environment, None, bool(terminal), prepare)
+        self.process = fork_server.start([*map(str, args)], files, environment, None, bool(terminal), prepare, afresh)
         for file in files:
             os.close(file)
         self.pid = self.process.pid
@@ -214,10 +217,10 @@ class Running:
 
     def left_behind(self) -> list[int]:
         """Processes of its session that are still there, itself not counted."""
-        return [pid for pid, session in _sessions() if session == self.pid and pid != self.pid]
+        return [pid for pid, session in sessions() if session == self.pid and pid != self.pid]
 
 
-def _sessions() -> Iterator[tuple[int, int]]:
+def sessions() -> Iterator[tuple[int, int]]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):

@@ -8,9 +8,8 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +17,11 @@ import torch
 from minimind_v.core.data import feature_store as store_module
 from minimind_v.core.data.feature_layout import FeatureLayout
 from minimind_v.core.data.feature_store import FeatureStore, digest, measure_reading
+from tests.cli.harness import Running
 
 FORM = FeatureLayout("float32", patches=4, width=8)
 PLENTY = 1 << 30
+STORE = "TEST_STORE"  # the variable that names the folder of a store
 
 
 def key(number: int) -> bytes:
@@ -93,16 +94,19 @@ def test_more_than_fits_into_the_loose_ones(store, monkeypatch):
     assert all(torch.equal(s.read(key(n)), features(n)) for n in range(60) for s in (store, other))
 
 
-def _write_in_a_process(folder, first):
+def _write_in_a_process(folder, first, both):
     store = FeatureStore(folder, FORM, PLENTY)
     for begin in range(first, first + 200, 4):
         fill(store, range(begin, begin + 4))
+        if begin == first:
+            both.wait(60)
 
 
 @pytest.mark.long
 def test_two_processes_write_at_once(store):
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_write_in_a_process, args=(store.folder, first)) for first in (0, 100)]
+    context = multiprocessing.get_context("fork")
+    both = context.Barrier(2)
+    writers = [context.Process(target=_write_in_a_process, args=(store.folder, first, both)) for first in (0, 100)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -112,25 +116,21 @@ def test_two_processes_write_at_once(store):
     assert len(segment_files(store.folder, "index")) == 2
 
 
-KILLED = """
-import sys, torch
-from tests.data.test_feature_store import FeatureStore, FORM, PLENTY, fill
-from pathlib import Path
-store = FeatureStore(Path(sys.argv[1]), FORM, PLENTY)
-print("writing", flush=True)
-for begin in range(0, 10**9, 4):
-    fill(store, range(begin, begin + 4))
-"""
+def write_for_ever():
+    store = FeatureStore(Path(os.environ[STORE]), FORM, PLENTY)
+    for begin in range(0, 10**9, 4):
+        fill(store, range(begin, begin + 4))
+        print("written", flush=True)
 
 
 @pytest.mark.long
-def test_a_kill_at_any_moment_leaves_nothing_wrong(store):
+def test_a_kill_at_any_moment_leaves_nothing_wrong(store, tmp_path, monkeypatch):
+    monkeypatch.setenv(STORE, str(store.folder))
     for pause in (0.0, 0.03, 0.1):
-        writer = subprocess.Popen([sys.executable, "-c", KILLED, store.folder], stdout=subprocess.PIPE)
-        writer.stdout.readline()
+        writer = Running(tmp_path / str(pause), prepare=write_for_ever)
+        writer.until(lambda writer=writer: "written" in writer.out)
         time.sleep(pause)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
+        writer.send(signal.SIGKILL).wait()
     reopened = FeatureStore(store.folder, FORM, PLENTY)
     read = {n: reopened.read(key(n)) for n in range(reopened.count() + 8)}
     assert sum(entry is not None for entry in read.values()) == reopened.count() > 0

@@ -188,7 +188,7 @@ def test_batches_are_those_of_the_plain_way_for_any_number_of_workers(tmp_path, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("workers", [0, 1, 2, 3, 7, 15, 16])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 7, 16])
 def test_every_row_is_tokenised_once_whatever_the_number_of_workers(tmp_path, tokenised, workers):
     dataset = open_dataset(write(tmp_path, some_lines(300)), encoder=Counting)
     reaching = len([text for text in fresh(dataset) if getattr(text, "kind", "") != "json"])  # others are no rows yet

@@ -1,10 +1,9 @@
 """Killed at any moment, a run leaves a whole weights file or none: never a part of one."""
 
 import itertools
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,8 +12,9 @@ import torch
 
 from minimind_v.core.config.schema import TextConfig
 from minimind_v.core.formats.checkpoint import read_checkpoint, write_checkpoint
-from tests.cli.harness import ROOT, Running, tiny_data
+from tests.cli.harness import Running, tiny_data
 
+PATH, START = "TEST_PATH", "TEST_START"  # the variables that name a file and the number of its first save
 CONFIG = TextConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=8)
 
 
@@ -33,28 +33,27 @@ def test_a_run_that_saves_after_every_step(tmp_path, moment):
 
 @pytest.mark.long
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-def test_saving_without_pause(tmp_path, ending):
+def test_saving_without_pause(tmp_path, monkeypatch, ending):
     """Each save is of one number, so a file of two saves would show."""
     path = tmp_path / f"weights{ending}"
+    monkeypatch.setenv(PATH, str(path))
     steps = set()
     for moment in range(3):
         before = saved_at(path)
-        code = f"from {__name__} import save_for_ever; save_for_ever({str(path)!r}, {moment * 100_000})"
-        with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as child:
-            while saved_at(path) == before:
-                assert child.poll() is None
-                time.sleep(0.001)
-            time.sleep(random.Random(f"{ending}{moment}").uniform(0, 0.06))
-            child.kill()
+        monkeypatch.setenv(START, str(moment * 100_000))
+        run = Running(tmp_path / str(moment), prepare=save_for_ever)
+        run.until(lambda before=before: saved_at(path) != before)
+        time.sleep(random.Random(f"{ending}{moment}").uniform(0, 0.06))
+        run.send(signal.SIGKILL).wait()
         values = torch.cat([tensor.flatten() for tensor in read_checkpoint(path).tensors.values()]).unique()
         assert len(values) == 1
         steps.add(int(values))
     assert len(steps) == 3
 
 
-def save_for_ever(path, start):
-    for number in itertools.count(start):
-        write_checkpoint(Path(path), filled(number), CONFIG, "sft")
+def save_for_ever():
+    for number in itertools.count(int(os.environ[START])):
+        write_checkpoint(Path(os.environ[PATH]), filled(number), CONFIG, "sft")
 
 
 def saved_at(path):

@@ -4,8 +4,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from multiprocessing.process import BaseProcess
 
@@ -19,8 +17,7 @@ from minimind_v.core.data.dataset import RowDataset
 from minimind_v.core.data.loader import load_batches, load_steps
 from minimind_v.core.export.prove.worker import Worker
 from minimind_v.core.processes import Parent, end_processes
-from tests.cli.harness import ROOT, Running, tiny_data
-from tests.cli.harness import _sessions as sessions
+from tests.cli.harness import Running, sessions, tiny_data
 
 WORKERS = 6
 
@@ -67,31 +64,18 @@ def sleep():
 
 
 @pytest.fixture
-def starting():
-    """`starting(function)` is a process, leader of its session, that is about to start others by that function."""
+def starting(tmp_path):
+    """`starting(function)` is a process that is about to start others by that function."""
     begun = []
 
     def start(function):
-        code = f"from {__name__} import {function.__name__} as go; go()"
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
-        begun.append(process)
-        assert process.stdout.readline() == b"now\n"
-        return process
+        begun.append(Running(tmp_path, prepare=function))
+        return begun[-1].until(lambda: "now" in begun[-1].out)
 
     yield start
     for process in begun:
-        process.kill()
-        for pid in members(process):
+        for pid in (*process.left_behind(), *[process.pid] * process.alive):
             os.kill(pid, signal.SIGKILL)
-        process.communicate()
-
-
-def members(process):
-    """Processes of its session, itself not counted."""
-    return [pid for pid, session in sessions() if session == process.pid and pid != process.pid]
 
 
 def wait_until(happened, seconds):
@@ -115,11 +99,10 @@ def wait_until(happened, seconds):
 )
 def test_a_process_that_is_killed_while_it_starts_others_leaves_none(starting, start, count):
     process = starting(start)
-    assert wait_until(lambda: len(members(process)) >= count, 60)
+    assert wait_until(lambda: len(process.left_behind()) >= count, 60)
     time.sleep(random.Random(f"{start.__name__} {count}").uniform(0, 0.05))
-    process.kill()
-    process.wait()
-    assert wait_until(lambda: not members(process), 30), members(process)  # those that still import notice it then
+    process.send(signal.SIGKILL).wait()
+    assert wait_until(lambda: not process.left_behind(), 30)  # those that still import notice it then
 
 
 @pytest.mark.long

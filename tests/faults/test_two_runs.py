@@ -8,7 +8,6 @@ import platform
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -17,6 +16,7 @@ from minimind_v.core.formats import load as opening
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.train import records
 from tests.cli.harness import Running, read_rows, run_mmv, sighted, tiny_data, tree
+from tests.train.staying import STEP, UNTIL, stay
 from tests.train.test_distributed import workers_of
 
 LONG = {"epochs": 10_000, "workers": 2, "save_every": 3}
@@ -51,8 +51,10 @@ def assert_refused(ended, run):
 
 
 @pytest.mark.long
-def test_the_second_is_refused_in_the_middle_of_the_first(tmp_path, start):
-    run = start().until(lambda: (tmp_path / "out" / f"{NAME}.pth").exists())
+def test_the_second_is_refused_in_the_middle_of_the_first(tmp_path, start, monkeypatch):
+    monkeypatch.setenv(STEP, "4")
+    monkeypatch.setenv(UNTIL, str(tmp_path / "never"))
+    run = start(prepare=stay).until(lambda: (tmp_path / "out" / f"{NAME}.pth").exists())
     for options in ((), ("--resume",), ("--overwrite",)):
         ended = run_mmv(*tiny_data().train(tmp_path / "out"), *options)
         assert_refused(ended, tmp_path / "out" / f"{NAME}.pth")
@@ -148,18 +150,15 @@ def test_a_run_that_is_killed_is_in_nobodys_way(tmp_path, start):
 
 
 @pytest.mark.long
-def test_a_leader_that_is_killed_does_not_keep_the_others_from_starting_again(tmp_path, start):
-    run = start("--max-restarts", "1", gpus=2, batch_size=2, workers=1, epochs=3)
+def test_a_leader_that_is_killed_does_not_keep_the_others_from_starting_again(tmp_path, start, monkeypatch):
+    monkeypatch.setenv(STEP, "4")
+    monkeypatch.setenv(UNTIL, str(tmp_path / "never"))
+    run = start("--max-restarts", "1", prepare=stay, gpus=2, batch_size=2, workers=1, epochs=1)
     run.until(lambda: "step 4/" in run.err)
-    os.kill(leader_of(run), signal.SIGKILL)
+    os.kill(workers_of(run)[0], signal.SIGKILL)
     ended = run.wait()
     assert ended.code == 0, ended.err
     assert "a process was lost: all processes have restarted" in ended.err
-
-
-def leader_of(run):
-    """The process of rank 0."""
-    return next(pid for pid in workers_of(run) if b"RANK=0" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
 
 
 # --- the lock ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from minimind_v.core.config.schema import LINEAR, TextConfig
 from minimind_v.core.formats.vision_tower import load_encoder
@@ -86,6 +85,8 @@ def make_vlm(request):
 
 def tiny_encoder(seed: int) -> VisionEncoder:
     """A vision encoder with the random weights that transformers draws."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel  # seconds, for each process of a test that needs none
+
     torch.manual_seed(seed)
     sizes = {
         "image_size": SPEC.image_size,

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.cli.harness import Ended, Running, installed, read_rows, tiny_data
 from tests.formats.made3v import SIZES, tiny_3v
+from tests.train.staying import STEP, UNTIL, stay
 
 NAME = "sft_vlm_48"
 SETS = [word for name, value in SIZES.items() for word in ("--set", f"model.{name}={value}")]
@@ -47,7 +48,7 @@ def last_state(out: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.long
-def test_two_processes_draw_the_forms_of_one_and_resume_bit_for_bit(folder, tmp_path):
+def test_two_processes_draw_the_forms_of_one_and_resume_bit_for_bit(folder, tmp_path, monkeypatch):
     alone, pair, stopped = (tmp_path / name for name in ("alone", "pair", "stopped"))
     trained(folder, alone, 1)
     trained(folder, pair, 2)
@@ -55,7 +56,9 @@ def test_two_processes_draw_the_forms_of_one_and_resume_bit_for_bit(folder, tmp_
     assert numbers(pair, *counts) == numbers(alone, *counts)
     for ours, theirs in zip(numbers(pair, "loss", "grad_norm"), numbers(alone, "loss", "grad_norm"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
-    run = Running(tmp_path / "run", *command(folder, stopped, 2))
+    monkeypatch.setenv(STEP, "3")
+    monkeypatch.setenv(UNTIL, str(tmp_path / "never"))
+    run = Running(tmp_path / "run", *command(folder, stopped, 2), prepare=stay)
     run.until(lambda: "\nstep 3/" in run.err)
     assert run.send(signal.SIGTERM).wait().code == 143
     assert 3 <= len(numbers(stopped, "step")) < 10

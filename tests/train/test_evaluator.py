@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -287,13 +288,29 @@ def figures(out):
     return [{key: scores[key] for key in scores.keys() - volatile} for scores in events(out, "evaluation")]
 
 
+def stay_in_the_third_evaluation():
+    measure = evaluator.measure
+
+    def begin(*args, progress, **options):
+        begun.append(progress)
+
+        def report(done, total):
+            progress(done, total)
+            if len(begun) == 3 and done:
+                time.sleep(600)
+
+        return measure(*args, progress=report, **options)
+
+    begun, evaluator.measure = [], begin
+
+
 @pytest.mark.long
 def test_a_run_killed_during_an_evaluation_resumes_to_the_same_end(tmp_path):
     changes = {"max_steps": 7, "eval_every": 2, "eval_task": "vqa", "best_by": "exact", "save_every": 3}
     whole, killed = line(tmp_path / "whole", **changes), line(tmp_path / "killed", **changes)
     assert run_mmv(*whole).code == 0
-    run, folder = Running(tmp_path, *killed), tmp_path / "killed" / NAME / "eval"
-    run.until(lambda: any(int(path.parent.name[5:]) > 3 for path in folder.glob("step-*/.replies.jsonl")))
+    run = Running(tmp_path, *killed, prepare=stay_in_the_third_evaluation)
+    run.until((tmp_path / "killed" / NAME / "eval" / "step-0000000004" / ".replies.jsonl").exists)
     run.send(signal.SIGKILL).wait()
     ended = run_mmv(*killed, "--resume")
     assert ended.code == 0, ended.err

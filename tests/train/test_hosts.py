@@ -8,15 +8,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from minimind_v.core.train import launch
 from minimind_v.core.train.launch import way_to
-from tests.cli.harness import MMV, PATIENCE, Running, read_rows, run_mmv, tiny_data
+from tests.cli.harness import Running, read_rows, run_mmv, tiny_data
+from tests.train.namespace import HOST, enter_host
+from tests.train.test_distributed import workers_of
 
 NAME = "pretrain_vlm_128"
 LINE = {"epochs": 2, "save_every": 3}
@@ -52,62 +52,35 @@ def hosts() -> Iterator[list[str]]:
             ip("netns", "delete", name)
 
 
-class Host:
-    """`mmv train` on one of them."""
-
-    def __init__(self, folder: Path, host: str, rank: int, **changes: object) -> None:
-        folder.mkdir(exist_ok=True)
-        self.log = folder / f"{rank}.log"
-        line = tiny_data().train(folder / "out", **LINE | changes)
-        options = ["--nnodes", "2", "--node-rank", str(rank), "--rdzv-endpoint", FIRST]
-        with self.log.open("w") as file:
-            self.process = subprocess.Popen(
-                ["ip", "netns", "exec", host, MMV, *line, *options],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text()
-
-    def until(self, text: str) -> None:
-        end = time.monotonic() + PATIENCE
-        while text not in self.output:
-            assert self.process.poll() is None, self.output
-            assert time.monotonic() < end, self.output
-            time.sleep(0.05)
-
-    def end(self) -> int:
-        return self.process.wait(PATIENCE)
-
-
 @pytest.fixture
-def start(hosts, tmp_path):
+def start(hosts, tmp_path, monkeypatch):
     """Both machines at work; what is left of them at the end is killed."""
-    started = []
+    started: list[Running] = []
 
-    def both(name="run", **changes):
-        pair = [Host(tmp_path / name, host, rank, **changes) for rank, host in enumerate(hosts)]
-        started.extend(pair)
-        return pair
+    def both(name="run", afresh=False, **changes):
+        for rank, host in enumerate(hosts):
+            monkeypatch.setenv(HOST, host)
+            line = tiny_data().train(tmp_path / name / "out", **LINE | changes)
+            options = ["--nnodes", "2", "--node-rank", rank, "--rdzv-endpoint", FIRST]
+            started.append(Running(tmp_path / name / str(rank), *line, *options, prepare=enter_host, afresh=afresh))
+        return started[-2:]
 
     yield both
     for host in started:
-        if host.process.poll() is None:
-            os.killpg(host.process.pid, signal.SIGKILL)
+        for pid in (*workers_of(host), host.pid) if host.alive else ():
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.long
 def test_two_machines_learn_what_one_does(start, tmp_path):
-    both = start(batch_size=4)
-    assert [host.end() for host in both] == [0, 0], both[0].output + both[1].output
-    assert both[0].output.startswith(f"2 machines connect at {FIRST}: waiting up to")
-    assert "steps of 8 rows on 2 processes (cpu)" in both[0].output
-    assert both[1].output.count("\n") == 1, both[1].output
+    """Started as users start them: torch, if it is not hushed before its import, warns of machines without a name."""
+    both = start(afresh=True, batch_size=4)
+    ended = [host.wait() for host in both]
+    assert [host.code for host in ended] == [0, 0], ended
+    assert ended[0].err.startswith(f"2 machines connect at {FIRST}: waiting up to")
+    assert "steps of 8 rows on 2 processes (cpu)" in ended[0].err
+    assert ended[1].err.count("\n") == 1, ended[1].err
+    assert [host.out for host in ended] == ["", ""]
     alone = run_mmv(*tiny_data().train(tmp_path / "alone", **LINE, batch_size=8))
     assert alone.code == 0, alone.err
     curves = [read_rows(tmp_path / out / NAME / "metrics.jsonl") for out in ("run/out", "alone")]
@@ -120,20 +93,18 @@ def test_two_machines_learn_what_one_does(start, tmp_path):
 @pytest.mark.long
 def test_a_machine_that_is_gone_ends_the_other_and_a_stop_ends_both(start, tmp_path):
     first, second = start(epochs=10_000)
-    first.until("step 3/")
-    first.process.send_signal(signal.SIGTERM)
-    assert [host.end() for host in (first, second)] == [143, 143], first.output + second.output
-    assert "stopped by SIGTERM" in first.output
-    assert "error" not in second.output
+    first.until(lambda: "step 3/" in first.err).send(signal.SIGTERM)
+    ended = [host.wait() for host in (first, second)]
+    assert [host.code for host in ended] == [143, 143], ended
+    assert "stopped by SIGTERM" in ended[0].err
+    assert "error" not in ended[1].err
     first, second = start("other", epochs=10_000)
-    first.until("step 3/")
-    os.killpg(second.process.pid, signal.SIGKILL)
-    gone = time.monotonic()
-    assert first.end() == 1
-    assert time.monotonic() - gone < 30
-    last = first.output.splitlines()[-1]
-    assert last == (
-        "error: another machine has stopped or cannot be reached — add --resume to resume from the last state"
+    first.until(lambda: "step 3/" in first.err)
+    second.send(signal.SIGKILL)
+    ended = first.wait()
+    assert ended.code == 1
+    assert ended.error == (
+        "another machine has stopped or cannot be reached — add --resume to resume from the last state"
     )
     assert list((tmp_path / "other" / "out" / NAME / "states").glob("*"))
 

@@ -17,6 +17,7 @@ from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.monitor import fingerprint as origin
 from tests.cli.harness import BASE, MMV, Running, read_rows, run_mmv, sighted, tiny_data, write_rows
 from tests.conftest import train_until_killed
+from tests.train.staying import STEP, UNTIL, stay
 
 NAME = "pretrain_vlm_128"
 # Two epochs of 17 rows: 9 micro-batches of 2 rows each, 5 steps, the last of an epoch smaller.
@@ -161,10 +162,12 @@ def test_killed_for_real_again_and_again(tmp_path, whole_alone, number):
     ],
     ids=["fewer workers", "more workers", "two processes"],
 )
-def test_killed_for_real_and_resumed_with_another_number_of_workers(tmp_path, changes, resumed):
+def test_killed_for_real_and_resumed_with_another_number_of_workers(tmp_path, monkeypatch, changes, resumed):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert Running(tmp_path / "0", *command(whole, **changes)).wait().code == 0
-    run = Running(tmp_path / "1", *command(out, **changes))
+    monkeypatch.setenv(STEP, "4")
+    monkeypatch.setenv(UNTIL, str(tmp_path / "never"))
+    run = Running(tmp_path / "1", *command(out, **changes), prepare=stay)
     run.until(lambda: list(out.glob(f"{NAME}/states/step-*"))).send(signal.SIGKILL, group=True).wait()
     last = Running(tmp_path / "2", *command(out, **changes | resumed), "--resume").wait()
     assert last.code == 0, last.err

@@ -11,11 +11,11 @@ import signal
 import time
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from minimind_v.core.config.schema import REDUCE_DTYPES
 from minimind_v.core.cuda_graph import EAGER
@@ -43,7 +43,7 @@ FOLDERS = Path(os.environ.get(FOLDER, "/"))
 STEPS = 5 * (EAGER + 4)
 BAD = {7, 4 * EAGER}
 KINDS = ("small", "moe")
-LIMIT = 5  # seconds that an exchange may take
+LIMIT = 3  # seconds that an exchange may take
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -253,23 +253,23 @@ def test_runs_of_two_processes_that_are_read_late_take_the_same_decisions(tmp_pa
 
 
 def wait_long_together() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        join = torch.distributed.init_process_group
-        patch.setattr(torch.distributed, "init_process_group", partial(join, timeout=timedelta(seconds=LIMIT)))
-        with meeting() as (world, answer):
-            if world.leads:
-                time.sleep(1.2 * LIMIT)
-            world.await_leader()
-            answer["ranks"] = world.gather([world.rank])
-            if world.leads:
-                time.sleep(1.2 * LIMIT)
-            try:
-                world.gather([0])
-            except RuntimeError as error:
-                answer["other waits"] = str(error)
-            if not world.leads:
-                with pytest.raises(LostContact), world.contact():
-                    world.await_leader()
+    with meeting() as (world, answer):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=LIMIT))  # behind the start, which a busy machine delays
+        if world.leads:
+            time.sleep(1.5 * LIMIT)
+        world.await_leader()
+        answer["ranks"] = world.gather([world.rank])
+        gave_up, end = FOLDERS / "gave up", time.monotonic() + 10 * LIMIT
+        while world.leads and not gave_up.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        try:
+            world.gather([0])
+        except RuntimeError as error:
+            answer["other waits"] = str(error)
+        if not world.leads:
+            gave_up.touch()
+            with pytest.raises(LostContact), world.contact():
+                world.await_leader()
 
 
 @pytest.mark.long

@@ -15,6 +15,7 @@ from minimind_v.core.monitor.metrics import TaskScores
 from minimind_v.core.train import watch as watching
 from minimind_v.core.train.watch import WatchedRun, watch
 from tests.cli.harness import SIGHT, Running, read_rows, run_mmv, sighted, tiny_data
+from tests.train.staying import STEP, UNTIL, stay
 
 NAME = "sft_vlm_128"
 
@@ -157,18 +158,21 @@ def questions():
 
 
 @pytest.mark.long
-def test_beside_a_run_every_measured_step_has_the_figures_of_its_weights(tmp_path):
-    words = tiny_data().train(tmp_path / "out", "sft", init=sighted(), epochs=6, lr=2e-3, save_every=10)
-    run = Running(tmp_path / "run", *words)
+def test_beside_a_run_every_measured_step_has_the_figures_of_its_weights(tmp_path, monkeypatch):
+    """The run stays in step 11 until the weights of step 10 are measured."""
+    monkeypatch.setenv(STEP, "11")
+    monkeypatch.setenv(UNTIL, str(tmp_path / "measured"))
+    words = tiny_data().train(tmp_path / "out", "sft", init=sighted(), epochs=2, lr=2e-3, save_every=10)
+    run = Running(tmp_path / "run", *words, prepare=stay)
     run.until(lambda: "step 1/" in run.err)
     beside = Running(tmp_path / "watch", "eval", "--watch", tmp_path / "out" / NAME, *questions(), "--json")
+    beside.until(lambda: beside.out)
+    (tmp_path / "measured").touch()
     assert run.wait().code == 0
     ended = beside.wait()
     assert ended.code == 0, ended.err
     lines = [json.loads(line) for line in ended.out.splitlines()]
-    assert lines[-1]["step"] == 60
-    assert len(lines) > 1, "also before the end"
-    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
+    assert [line["step"] for line in lines] == [10, 20]
     assert [line["evaluation"] for line in read_rows(tmp_path / "out" / NAME / "evaluations.jsonl")] == lines
     report = run_mmv(
         "eval", "--model", tmp_path / "out" / f"{NAME}.pth", *questions(), *SIGHT, "--out", tmp_path / "same", "--json"
