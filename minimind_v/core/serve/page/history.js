@@ -3,7 +3,7 @@ import { button, h, toast } from "./dom.js";
 import { t } from "./strings.js";
 
 export class History {
-  /** `app` has `store`, `current()`, `open(conversation)`, `rename(conversation, title)`, `removed(conversation)`. */
+  /** `app` has `store`, `current()`, `open(id)`, `rename(conversation, title)`, `removed(conversation)`. */
   constructor(element, app) {
     Object.assign(this, { element, app, renaming: null });
   }
@@ -27,7 +27,7 @@ export class History {
         "data-key": `${id}:open`,
         title: name,
         "aria-current": this.app.current() === id ? "true" : null,
-        onclick: () => this.app.open(conversation),
+        onclick: () => this.app.open(id),
       },
       name,
     );
@@ -108,7 +108,7 @@ export class History {
       const added = await this.app.store.import(JSON.parse(await file.text()));
       toast(t("imported", { n: added.length }));
       await this.show();
-      if (added.length === 1) this.app.open(added[0]);
+      if (added.length === 1) this.app.open(added[0].id);
     } catch (error) {
       const isForeign = error instanceof TypeError || error instanceof SyntaxError;
       toast(isForeign ? t("importFailed", { name: file.name }) : t("storeFailed", { reason: error.message }));

@@ -78,12 +78,10 @@ class App {
   /** Another tab stored a conversation: where it is open, show it as it is now, so that neither undoes the other. */
   async storedElsewhere(id) {
     this.history.show();
-    const conversation = (await this.store.list()).find((stored) => stored.id === id);
-    if (!conversation || id !== this.current()) return;
-    this.chat.isBehind = Boolean(this.chat.running); // then it is shown at the end of the answer
-    if (this.opening || this.chat.running || this.thread.editing) return;
-    const selected = { ...conversation.selected, ...this.chat.conversation.selected }; // its own branch stays
-    await this.open({ ...conversation, selected });
+    if (id !== this.current()) return;
+    this.chat.isBehind = true; // until it is opened again: where it is busy, at the end of its next answer
+    if (this.chat.running || this.thread.editing || (this.opening && this.opening.id !== id)) return;
+    await this.open(id, this.chat.conversation.selected); // its own branch stays
   }
 
   grew(chat, node) {
@@ -139,12 +137,18 @@ class App {
 
   // --- conversations ------------------------------------------------------------------------------------------------
 
-  async open(conversation) {
-    this.opening = conversation;
-    const running = this.running.get(conversation.id);
-    const images = running ? null : new Map((await this.store.images(conversation)).map((image) => [image.id, image]));
-    if (this.opening !== conversation) return; // another one was chosen meanwhile
-    this.start(running ?? new Chat(conversation, images, this));
+  /** Open a conversation as it is stored now; `selected` are branches to show. */
+  async open(id, selected = {}) {
+    if (this.running.has(id)) return this.start(this.running.get(id));
+    const opening = (this.opening = { id });
+    const conversation = await this.store.get(id);
+    const images = conversation && (await this.store.images(conversation));
+    if (this.opening !== opening) return; // another one was chosen meanwhile
+    this.opening = null;
+    if (!conversation) return this.history.show(); // it was deleted in another tab
+    Object.assign(conversation.selected, selected);
+    const chat = new Chat(conversation, new Map(images.map((image) => [image.id, image])), this);
+    this.start(this.running.get(id) ?? chat);
   }
 
   start(chat) {
@@ -513,7 +517,7 @@ async function begin() {
   listenToKeys(app);
   listenToImages(app);
   app.showHistory(!app.isNarrow && memory.get("history") !== "closed");
-  const last = (await app.store.list()).find(({ id }) => id === sessionCurrent.get());
+  const last = sessionCurrent.get();
   await app.showAll();
   if (last) await app.open(last);
   await app.loadModels();

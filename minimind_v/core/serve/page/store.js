@@ -49,6 +49,11 @@ export class Store {
     return all.sort((a, b) => b.changed - a.changed);
   }
 
+  /** A conversation by its id; undefined where it was removed. */
+  async get(id) {
+    return this.memory ? this.memory.conversations.get(id) : this.#do("conversations", "readonly", (s) => s.get(id));
+  }
+
   /**
    * Store a conversation, which also gets what another tab added to the stored one. Raises what the browser raises, as
    * where the disk is full.
