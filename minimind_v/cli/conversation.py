@@ -55,19 +55,10 @@ class Conversation:
         self.model, self.display = model, display
         self.asked: list[Question] = []
         self.waiting: list[tuple[str, np.ndarray]] = []  # images of the next question
-        self.offered: list[str] = []  # picture files that were typed as a question
         self.warned = False  # about the missing image
         self.shows_rivals = False
 
     # --- images -------------------------------------------------------------------------------------------------------
-
-    def offer(self, names: list[str]) -> None:
-        """Ask what to do with a line that is the name of an image."""
-        self.offered = names
-        self.terminal.say(
-            f"{_listed(names)}: an image, not a question — press Enter to add it to the next question, as /image does; "
-            "type it again to ask it as text"
-        )
 
     def image(self, text: str) -> None:
         """Add the images that a text names; without one, report the images of the conversation."""

@@ -52,22 +52,19 @@ def run(conversation: Conversation) -> None:
 
 def take(conversation: Conversation, line: str) -> None:
     """Carry out one line: a command, image names, or a question. Raises MmvError, and Leave at the end."""
-    from minimind_v.core.data.picture_names import pictures_in
+    from minimind_v.core.data.picture_names import split_line
 
-    offered, conversation.offered = conversation.offered, []
     word, rest = (*line.split(maxsplit=1), "", "")[:2]
-    names = pictures_in(line)
-    if not line.strip():
-        if offered:
-            conversation.read(offered)
-    elif word in COMMANDS:
+    if word in COMMANDS:
         COMMANDS[word].carry_out(conversation, rest.strip())
-    elif names and not set(names) <= set(offered):
-        conversation.offer([*offered, *names])
-    elif word.startswith("/") and not names:
+        return
+    names, question = split_line(line)
+    if question.startswith("/"):
         raise UsageError(f"unknown command {word}{nearest(word, COMMANDS)} — /help shows all")
-    else:
-        conversation.ask(line.strip(), conversation.waiting)
+    if names:
+        conversation.read(names)
+    if question:
+        conversation.ask(question, conversation.waiting)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from minimind_v.core.data.picture_names import files_of, pictures_in, read_picture, read_pictures, split_names
+from minimind_v.core.data.picture_names import files_of, pictures_in, read_picture, read_pictures, split_line, split_names
 from minimind_v.core.errors import MissingInput, UsageError
 
 PNG = base64.b64decode(
@@ -100,6 +100,34 @@ def test_every_missing_name_is_reported():
                                              ("dog.jpg nowhere.jpg", 0)])  # fmt: skip
 def test_a_question_of_nothing_but_names(text, count):
     assert len(pictures_in(text)) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "question"),
+    [
+        ("dog.jpg What is it?", ["dog.jpg"], "What is it?"),
+        ("'my dog.jpg' It's big,  isn't it?", ["my dog.jpg"], "It's big,  isn't it?"),
+        (r"my\ dog.jpg What is it?", ["my dog.jpg"], "What is it?"),
+        ("my dog.jpg What is it?", ["my dog.jpg"], "What is it?"),
+        ("dog.jpg 'my dog.jpg' Which is bigger?", ["dog.jpg", "my dog.jpg"], "Which is bigger?"),
+        ("What's this?  'my dog.jpg' ", ["my dog.jpg"], "What's this?"),
+        ("What is this? dog.jpg my\\ dog.jpg", ["dog.jpg", "my dog.jpg"], "What is this?"),
+        ("nowhere.jpg What is it?", ["nowhere.jpg"], "What is it?"),
+        ("What is in nowhere.jpg", ["nowhere.jpg"], "What is in"),
+        ("https://example.org/a.jpg What is it?", ["https://example.org/a.jpg"], "What is it?"),
+        ("'my dog.jpg' ", ["my dog.jpg"], ""),
+        ("Is dog.jpg a file?", [], "Is dog.jpg a file?"),
+        ("What\nis it?", [], "What\nis it?"),
+        (" ", [], ""),
+    ],
+)
+def test_names_stand_before_or_behind_a_question(text, names, question):
+    assert split_line(text) == (names, question)
+
+
+def test_a_long_pasted_text_with_names_in_it_is_split_at_once():
+    text = "see a.jpg b.jpg " * 100_000
+    assert split_line(text + "?") == ([], text + "?")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,9 @@ ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # longer than the
 LOCAL = re.compile(r"file:(?://(?:localhost)?)?(/(?!/).*)", re.IGNORECASE | re.DOTALL)
 INLINE = re.compile(r"data:([^,]*),(.*)", re.IGNORECASE | re.DOTALL)
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+NAME_END = re.compile(rf"(?:{'|'.join(map(re.escape, ENDINGS))})['\"]?(?=\s|$)", re.IGNORECASE)
+SPACE = re.compile(r"\s+")
+LONGEST = 4096  # characters of the names beside a question
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,21 @@ def pictures_in(text: str) -> list[str]:
     alone = len(names) == 1 and " " not in names[0]
     ending = alone and (names[0].lower().endswith(ENDINGS) or names[0].lower().startswith("data:image/"))
     return names if names and (all(are_pictures) or ending) else []
+
+
+def split_line(text: str) -> tuple[list[str], str]:
+    """The picture files at the beginning or at the end of a typed line, and the question beside them."""
+    text = text.strip()
+    if names := pictures_in(text):
+        return names, ""
+    for match in reversed(list(NAME_END.finditer(text, 0, LONGEST))):
+        if names := pictures_in(text[: match.end()]):
+            return names, text[match.end() :].strip()
+    if text.rstrip("'\"").lower().endswith(ENDINGS):
+        for space in SPACE.finditer(text, max(0, len(text) - LONGEST)):
+            if names := pictures_in(text[space.end() :]):
+                return names, text[: space.start()]
+    return [], text
 
 
 def check_question(question: str, images: int) -> None:
