@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HELP = "/image FILE adds an image, /new starts over, /help shows all commands, /quit ends; Ctrl-C stops an answer"
 MOST_SHOWN = 4  # images of one line that are drawn
-NONE = "none"  # the value that removes a system prompt or a seed
+NONE = "none"  # the value that removes a system prompt, a seed, or the images of the next question
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,15 @@ class Conversation:
     # --- images -------------------------------------------------------------------------------------------------------
 
     def image(self, text: str) -> None:
-        """Add the images that a text names; without one, report the images of the conversation."""
+        """Add the images that a text names, or take those of the next question away; without a text, report all."""
         from minimind_v.core.data.picture_names import files_of, split_names
 
         if not text:
             self.terminal.say(f"{HELP}\n{self.contents()}")
+            return
+        if text == NONE:
+            self.waiting = []
+            self.terminal.say(self.contents())
             return
         names = [file for name in split_names(text) for file in files_of(name) or [name]]
         self.read(names)

@@ -160,7 +160,9 @@ class TypedCommand:
 
 
 COMMANDS = {
-    "/image": TypedCommand("FILE|ADDRESS|DIR|PATTERN", "adds images to the next question", Conversation.image),
+    "/image": TypedCommand(
+        "FILE|ADDRESS|DIR|PATTERN|none", "adds images to the next question, or removes them", Conversation.image
+    ),
     "/new": TypedCommand("", "starts over, without images", Conversation.new),
     "/system": TypedCommand("TEXT|none", "starts over with this system prompt", Conversation.system),
     "/again": TypedCommand("", "answers the latest question once more", Conversation.again),

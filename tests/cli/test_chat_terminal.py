@@ -136,7 +136,8 @@ def test_pictures_that_are_typed_or_dropped_go_with_the_next_question(talk, tiny
     assert talk.type(f"'{first}' ") == f"for the next question: {first}"
     assert talk.type(second.as_uri()) == f"for the next question: {first}, {second}"  # a drop comes line by line
     assert talk.type("") == ""
-    blind = talk.type("/new") and talk.type("What colour is the star?")
+    assert talk.type("/image none") == "no image in the conversation"
+    blind = talk.type("What colour is the star?")
     assert blind.startswith(BLIND)
     for line in (f"{first} What colour is the star?", f"What colour is the star? '{first}'"):
         talk.type("/new")

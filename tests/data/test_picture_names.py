@@ -5,7 +5,14 @@ import os
 
 import pytest
 
-from minimind_v.core.data.picture_names import files_of, pictures_in, read_picture, read_pictures, split_line, split_names
+from minimind_v.core.data.picture_names import (
+    files_of,
+    pictures_in,
+    read_picture,
+    read_pictures,
+    split_line,
+    split_names,
+)
 from minimind_v.core.errors import MissingInput, UsageError
 
 PNG = base64.b64decode(
