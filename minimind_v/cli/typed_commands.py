@@ -11,7 +11,7 @@ from minimind_v.cli.chat_answers import RIVALS
 from minimind_v.cli.chat_save import Talk, as_address, write_of
 from minimind_v.cli.conversation import NONE, Conversation
 from minimind_v.cli.typed_line import confirm
-from minimind_v.core.errors import MmvError, UsageError, nearest
+from minimind_v.core.errors import MmvError, UsageError, nearest, shorten
 from minimind_v.core.files import write_text
 from minimind_v.core.generate.settings import check_most
 from minimind_v.core.pages.talk import Exchange
@@ -52,7 +52,7 @@ def run(conversation: Conversation) -> None:
 
 def take(conversation: Conversation, line: str) -> None:
     """Carry out one line: a command, image names, or a question. Raises MmvError, and Leave at the end."""
-    from minimind_v.core.data.picture_names import split_line
+    from minimind_v.core.data.picture_names import SHOWN, split_line
 
     word, rest = (*line.split(maxsplit=1), "", "")[:2]
     if word in COMMANDS:
@@ -60,6 +60,9 @@ def take(conversation: Conversation, line: str) -> None:
         return
     names, question = split_line(line)
     if question.startswith("/"):
+        word = question.split()[0]
+        if "/" in word[1:]:
+            raise UsageError(f"{shorten(word, SHOWN)} is neither an image file nor a command — /help shows all")
         raise UsageError(f"unknown command {word}{nearest(word, COMMANDS)} — /help shows all")
     if names:
         conversation.read(names)

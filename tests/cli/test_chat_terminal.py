@@ -215,6 +215,7 @@ def test_sigterm_ends_the_conversation_without_a_word(talk):
 def test_a_word_that_is_no_command_names_the_nearest(talk):
     assert talk.type("/imgae dog.jpg") == "unknown command /imgae (did you mean '/image'?) — /help shows all"
     assert talk.type("/xyzzy") == "unknown command /xyzzy — /help shows all"
+    assert talk.type("/x/a.pdf Why?") == "/x/a.pdf is neither an image file nor a command — /help shows all"
     assert talk.leave() == 0
 
 
