@@ -53,7 +53,8 @@ class ChatCommand(Command):
 
 
 QuestionText = Annotated[
-    str | None, typer.Argument(metavar="PROMPT", help="The question. Without one, a conversation starts.")
+    str | None,
+    typer.Argument(metavar="PROMPT", help="The question, or a text on stdin. Without both, a conversation starts."),
 ]
 Images = Annotated[
     list[str] | None,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HELP = "/image FILE adds an image, /new starts over, /help shows all commands, /quit ends; Ctrl-C stops an answer"
 MOST_SHOWN = 4  # images of one line that are drawn
-NONE = "none"  # the value that removes a system prompt or a seed
+NONE = "none"  # the value that removes a system prompt, a seed, or the images of the next question
 
 
 @dataclass(frozen=True)
@@ -55,26 +55,21 @@ class Conversation:
         self.model, self.display = model, display
         self.asked: list[Question] = []
         self.waiting: list[tuple[str, np.ndarray]] = []  # images of the next question
-        self.offered: list[str] = []  # picture files that were typed as a question
         self.warned = False  # about the missing image
         self.shows_rivals = False
 
     # --- images -------------------------------------------------------------------------------------------------------
 
-    def offer(self, names: list[str]) -> None:
-        """Ask what to do with a line that is the name of an image."""
-        self.offered = names
-        self.terminal.say(
-            f"{_listed(names)}: an image, not a question — press Enter to add it to the next question, as /image does; "
-            "type it again to ask it as text"
-        )
-
     def image(self, text: str) -> None:
-        """Add the images that a text names; without one, report the images of the conversation."""
+        """Add the images that a text names, or take those of the next question away; without a text, report all."""
         from minimind_v.core.data.picture_names import files_of, split_names
 
         if not text:
             self.terminal.say(f"{HELP}\n{self.contents()}")
+            return
+        if text == NONE:
+            self.waiting = []
+            self.terminal.say(self.contents())
             return
         names = [file for name in split_names(text) for file in files_of(name) or [name]]
         self.read(names)

@@ -41,6 +41,7 @@ def demo(
     terminal = Terminal()
 
     def announce(title: str, commands: list[str]) -> None:
+        view.begin_stage()
         terminal.say("\n   $ ".join([f"\n── {title}", *commands]))
 
     form = DEMO_GENERATIONS[generation.value]

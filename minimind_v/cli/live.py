@@ -83,10 +83,6 @@ class TrainView(Listener):
     def __init__(self, terminal: Terminal, stage: str) -> None:
         self.terminal, self.stage = terminal, stage
         self._reset()
-        self._live = Live(
-            get_renderable=self._draw, console=terminal.err, refresh_per_second=4, vertical_overflow="crop"
-        )
-        self._live._live_render = Drawn(terminal.err)
 
     def _reset(self) -> None:
         self.curve = Curve()
@@ -96,6 +92,10 @@ class TrainView(Listener):
         self.scores: TaskScores | None = None
         self.gains: list[float] = []
         self.saved_at: int | None = None
+        self._live = Live(
+            get_renderable=self._draw, console=self.terminal.err, refresh_per_second=4, vertical_overflow="crop"
+        )
+        self._live._live_render = Drawn(self.terminal.err)
 
     def __enter__(self) -> TrainView:
         if self.terminal.is_live:
@@ -103,7 +103,14 @@ class TrainView(Listener):
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._live.transient = not self.recent  # the last step stays on the terminal
         self._live.stop()
+
+    def begin_stage(self) -> None:
+        """Leave the last step of a run where it is, and show what comes below it."""
+        self.__exit__()
+        self._reset()
+        self.__enter__()
 
     # --- events of the run --------------------------------------------------------------------------------------------
 
@@ -117,8 +124,6 @@ class TrainView(Listener):
         self.terminal.warn(text, always=True)
 
     def step(self, metrics: StepMetrics, logged: bool) -> None:
-        if self.recent and metrics.step <= self.recent[-1].step:  # another run begins, as in the demo
-            self._reset()
         self.recent.append(metrics)
         self.curve.add(metrics.loss)
         if logged and not self._live.is_started:

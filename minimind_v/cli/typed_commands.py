@@ -11,7 +11,7 @@ from minimind_v.cli.chat_answers import RIVALS
 from minimind_v.cli.chat_save import Talk, as_address, write_of
 from minimind_v.cli.conversation import NONE, Conversation
 from minimind_v.cli.typed_line import confirm
-from minimind_v.core.errors import MmvError, UsageError, nearest
+from minimind_v.core.errors import MmvError, UsageError, nearest, shorten
 from minimind_v.core.files import write_text
 from minimind_v.core.generate.settings import check_most
 from minimind_v.core.pages.talk import Exchange
@@ -52,22 +52,22 @@ def run(conversation: Conversation) -> None:
 
 def take(conversation: Conversation, line: str) -> None:
     """Carry out one line: a command, image names, or a question. Raises MmvError, and Leave at the end."""
-    from minimind_v.core.data.picture_names import pictures_in
+    from minimind_v.core.data.picture_names import SHOWN, split_line
 
-    offered, conversation.offered = conversation.offered, []
     word, rest = (*line.split(maxsplit=1), "", "")[:2]
-    names = pictures_in(line)
-    if not line.strip():
-        if offered:
-            conversation.read(offered)
-    elif word in COMMANDS:
+    if word in COMMANDS:
         COMMANDS[word].carry_out(conversation, rest.strip())
-    elif names and not set(names) <= set(offered):
-        conversation.offer([*offered, *names])
-    elif word.startswith("/") and not names:
+        return
+    names, question = split_line(line)
+    if question.startswith("/"):
+        word = question.split()[0]
+        if "/" in word[1:]:
+            raise UsageError(f"{shorten(word, SHOWN)} is neither an image file nor a command — /help shows all")
         raise UsageError(f"unknown command {word}{nearest(word, COMMANDS)} — /help shows all")
-    else:
-        conversation.ask(line.strip(), conversation.waiting)
+    if names:
+        conversation.read(names)
+    if question:
+        conversation.ask(question, conversation.waiting)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -163,7 +163,9 @@ class TypedCommand:
 
 
 COMMANDS = {
-    "/image": TypedCommand("FILE|ADDRESS|DIR|PATTERN", "adds images to the next question", Conversation.image),
+    "/image": TypedCommand(
+        "FILE|ADDRESS|DIR|PATTERN|none", "adds images to the next question, or removes them", Conversation.image
+    ),
     "/new": TypedCommand("", "starts over, without images", Conversation.new),
     "/system": TypedCommand("TEXT|none", "starts over with this system prompt", Conversation.system),
     "/again": TypedCommand("", "answers the latest question once more", Conversation.again),

@@ -136,10 +136,9 @@ def test_a_pasted_text_of_several_lines_is_one_question(start, tmp_path):
     assert talk.leave() == 0
 
 
-def test_a_dropped_file_is_offered_and_the_latest_question_is_given_to_be_changed(start, tmp_path, tiny_data):
+def test_a_dropped_file_is_added_and_the_latest_question_is_given_to_be_changed(start, tmp_path, tiny_data):
     talk = start()
-    talk.keys(f"\x1b[200~'{tiny_data.picture()}' \x1b[201~\r", "an image, not a question")
-    talk.keys("\r", "for the next question: ")
+    talk.keys(f"\x1b[200~'{tiny_data.picture()}' \x1b[201~\r", "for the next question: ")
     talk.command("Is it red?", "\n")
     talk.keys("/edit\r", "edit> Is it red?")
     talk.command("\x7f\x7f\x7f\x7fbig?", "\n")

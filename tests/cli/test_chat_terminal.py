@@ -132,18 +132,22 @@ def test_what_a_terminal_drops_is_taken(talk, tiny_data, tmp_path, monkeypatch):
     assert talk.leave() == 0
 
 
-def test_pictures_typed_as_a_question_are_offered(talk, tiny_data):
-    offer = talk.type(f"'{tiny_data.picture(0)}' ")
-    assert "an image, not a question" in offer
-    talk.type(tiny_data.picture(1).as_uri())  # a drop of several comes line by line
-    added = talk.type("")
-    assert added == f"for the next question: {tiny_data.picture(0)}, {tiny_data.picture(1)}"
+def test_pictures_that_are_typed_or_dropped_go_with_the_next_question(talk, tiny_data):
+    first, second = tiny_data.picture(0), tiny_data.picture(1)
+    assert talk.type(f"'{first}' ") == f"for the next question: {first}"
+    assert talk.type(second.as_uri()) == f"for the next question: {first}, {second}"  # a drop comes line by line
     assert talk.type("") == ""
-    assert "an image, not a question" in talk.type("nowhere.jpg")
-    assert talk.type("nowhere.jpg") != talk.type("/image")  # asked as it stands
-    assert "in the conversation" in talk.type("/image")
-    assert "an image, not a question" in talk.type("nowhere.jpg")
-    assert talk.type("") == "no image file at nowhere.jpg"
+    assert talk.type("/image none") == "no image in the conversation"
+    blind = talk.type("What colour is the star?")
+    assert blind.startswith(BLIND)
+    for line in (f"{first} What colour is the star?", f"What colour is the star? '{first}'"):
+        talk.type("/new")
+        added, answer = talk.type(line).split("\n", 1)
+        assert added == f"for the next question: {first}"
+        assert answer
+        assert talk.type("/image").endswith(f"in the conversation: {first}")
+    assert talk.type("nowhere.jpg What is it?") == talk.type("nowhere.jpg") == "no image file at nowhere.jpg"
+    assert talk.type("/image").endswith(f"in the conversation: {first}"), "nothing was asked"
     assert talk.leave() == 0
 
 
@@ -212,6 +216,7 @@ def test_sigterm_ends_the_conversation_without_a_word(talk):
 def test_a_word_that_is_no_command_names_the_nearest(talk):
     assert talk.type("/imgae dog.jpg") == "unknown command /imgae (did you mean '/image'?) — /help shows all"
     assert talk.type("/xyzzy") == "unknown command /xyzzy — /help shows all"
+    assert talk.type("/x/a.pdf Why?") == "/x/a.pdf is neither an image file nor a command — /help shows all"
     assert talk.leave() == 0
 
 

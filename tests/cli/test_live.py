@@ -84,12 +84,38 @@ def test_a_terminal_that_was_made_narrower_is_wiped_whole():
         assert file.getvalue()[begun:].count("\x1b[1A") == broken - 1
 
 
-def test_another_run_begins_afresh():
+def test_the_end_of_a_run_stays_above_what_comes_after_it():
     shown = view(80)
-    shown.step(show_step(100), True)
-    shown.validated(Validation(100, 1.25, 0.6, None, 10, True))
-    shown.step(show_step(1), True)
-    assert "validation" not in "\n".join(lines(shown))
+    with shown:
+        shown.begin_stage()
+        shown.terminal.say("pretraining")
+        shown.step(show_step(100), True)
+        shown.validated(Validation(100, 1.25, 0.6, None, 10, True))
+        shown.begin_stage()
+        shown.terminal.say("fine-tuning")
+        shown.step(show_step(1), True)
+        assert "validation" not in "\n".join(lines(shown)), "another run begins afresh"
+        shown.begin_stage()
+        shown.terminal.say("convert")
+    words = ("pretraining", "step 100/200", "fine-tuning", "step 1/200", "convert", "starting")
+    assert [word for word in words if word in (kept := screen(shown))] == [*words[:-1]]
+    assert sorted(words[:-1], key=kept.index) == [*words[:-1]]
+
+
+def screen(shown):
+    """What is left on the terminal, top down: its cursor moves up and wipes lines."""
+    rows, row = [""], 0
+    for piece in re.split(r"(\x1b\[[0-9;?]*[a-zA-Z]|[\r\n])", shown.terminal.err.file.getvalue()):
+        if piece == "\x1b[1A":
+            row -= 1
+        elif piece == "\x1b[2K":
+            rows[row] = ""
+        elif piece == "\n":
+            row += 1
+            rows += [""] * (row == len(rows))
+        elif piece != "\r" and not piece.startswith("\x1b"):
+            rows[row] += piece
+    return "\n".join(rows)
 
 
 def test_elsewhere_there_are_plain_lines():

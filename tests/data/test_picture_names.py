@@ -2,10 +2,19 @@
 
 import base64
 import os
+from unittest import mock
 
 import pytest
 
-from minimind_v.core.data.picture_names import files_of, pictures_in, read_picture, read_pictures, split_names
+from minimind_v.core.data import picture_names
+from minimind_v.core.data.picture_names import (
+    files_of,
+    pictures_in,
+    read_picture,
+    read_pictures,
+    split_line,
+    split_names,
+)
 from minimind_v.core.errors import MissingInput, UsageError
 
 PNG = base64.b64decode(
@@ -100,6 +109,40 @@ def test_every_missing_name_is_reported():
                                              ("dog.jpg nowhere.jpg", 0)])  # fmt: skip
 def test_a_question_of_nothing_but_names(text, count):
     assert len(pictures_in(text)) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "question"),
+    [
+        ("dog.jpg What is it?", ["dog.jpg"], "What is it?"),
+        ("'my dog.jpg' It's big,  isn't it?", ["my dog.jpg"], "It's big,  isn't it?"),
+        (r"my\ dog.jpg What is it?", ["my dog.jpg"], "What is it?"),
+        ("my dog.jpg What is it?", ["my dog.jpg"], "What is it?"),
+        ("dog.jpg 'my dog.jpg' Which is bigger?", ["dog.jpg", "my dog.jpg"], "Which is bigger?"),
+        ("What's this?  'my dog.jpg' ", ["my dog.jpg"], "What's this?"),
+        ("What is this? dog.jpg my\\ dog.jpg", ["dog.jpg", "my dog.jpg"], "What is this?"),
+        ("What's this? two  spaces.jpg", ["two  spaces.jpg"], "What's this?"),
+        ("it's.jpg What is it?", ["it's.jpg"], "What is it?"),
+        ("dog.jpg Is it like 'my dog.jpg'", ["dog.jpg", "my dog.jpg"], "Is it like"),
+        ("nowhere.jpg What is it?", ["nowhere.jpg"], "What is it?"),
+        ("What is in nowhere.jpg", ["nowhere.jpg"], "What is in"),
+        ("https://example.org/a.jpg What is it?", ["https://example.org/a.jpg"], "What is it?"),
+        ("'my dog.jpg' ", ["my dog.jpg"], ""),
+        ("Is dog.jpg a file?", [], "Is dog.jpg a file?"),
+        ("What\nis it?", [], "What\nis it?"),
+        (" ", [], ""),
+    ],
+)
+def test_names_stand_before_or_behind_a_question(text, names, question):
+    assert split_line(text) == (names, question)
+
+
+def test_no_name_is_looked_for_in_the_middle_of_a_long_text(monkeypatch):
+    stats = mock.Mock(return_value=False)
+    monkeypatch.setattr(picture_names, "_exists", stats)
+    text = "see a.jpg b.jpg " * 100_000 + "?"
+    assert split_line(text) == ([], text)
+    assert stats.call_count < 1000
 
 
 @pytest.mark.parametrize(

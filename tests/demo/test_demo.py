@@ -1,5 +1,6 @@
 """The demo end to end, by the installed command. Shorter than `make demo`, and held to a bar of its own."""
 
+import errno
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 from minimind_v.core.config.presets import PRESETS
 from minimind_v.core.demo import run
 from minimind_v.core.demo.generations import DEMO_GENERATIONS
-from minimind_v.core.errors import UsageError
+from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.monitor.metrics import Listener
 from tests.cli.harness import Running, installed, run_mmv
@@ -179,20 +180,74 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_demo_is_repeated_unless_its_weights_were_trained_on_since(tmp_path, monkeypatch):
-    def stop(*args):
-        raise InterruptedError
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A demo whose folder has the results of an earlier one, and the function that ends its next run early."""
 
-    monkeypatch.setattr(run, "as_file", stop)  # the first that it does after it has looked at its folder
+    def stop_by(error):
+        def stop(*args):
+            raise error
+
+        monkeypatch.setattr(run, "as_file", stop)  # the first that it does after it has looked at its folder
+
     demo = run.Demo(tmp_path / "demo", 0, Listener(), lambda *message: None)
-    (tmp_path / "demo" / "out").mkdir(parents=True)
-    for path in demo.weights.values():
+    demo.runs.mkdir(parents=True)
+    for path in (*demo.weights.values(), *(demo.out / name for name in run.RESULTS)):
         path.write_bytes(b"by the demo")
-    demo._note_weights()
-    with pytest.raises(InterruptedError):
-        demo.run()
-    demo._note_weights()
+    records = demo.weights["sft"].with_suffix("") / "metrics.jsonl"
+    records.parent.mkdir()
+    records.touch()
+    demo._note_end()
+    return demo, stop_by
+
+
+def test_a_demo_is_repeated_unless_its_weights_were_trained_on_since(finished):
+    demo, stop_by = finished
+    stop_by(KeyboardInterrupt())
     demo.weights["sft"].write_bytes(b"by its user")
     with pytest.raises(UsageError, match=r"sft_vlm_128\.pth was changed after the demo wrote it"):
         demo.run()
     assert demo.weights["sft"].read_bytes() == b"by its user"
+
+
+def test_a_demo_that_is_stopped_leaves_no_result_of_an_earlier_one_and_says_so(finished):
+    demo, stop_by = finished
+    stop_by(KeyboardInterrupt())
+    demo.listener = mock.Mock()
+    for _ in range(2):  # the same command works again
+        with pytest.raises(KeyboardInterrupt):
+            demo.run()
+    assert [path.relative_to(demo.out) for path in demo.out.rglob("*") if path.is_file()] == [Path(run.MARK)]
+    assert demo.listener.lost.call_args_list[-1].args == (
+        f"stopped — the demo in {demo.out} is not finished; the same command starts it again from the beginning",
+    )
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OSError("full")])
+def test_a_demo_that_cannot_write_ends_in_one_line(finished, error):
+    demo, stop_by = finished
+    stop_by(error)
+    with pytest.raises(RunError, match=r"^(No space left on device|full) — the demo in \S+ is not finished; the same"):
+        demo.run()
+
+
+def test_assets_that_do_not_fit_are_reported_as_any_other_file(tmp_path):
+    demo = run.Demo(tmp_path / "demo", 0, Listener(), lambda *message: None)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        mock.patch("shutil.copyfile", side_effect=full),
+        mock.patch("shutil.copy2", side_effect=full),
+        pytest.raises(RunError, match=r"^No space left on device — the demo in"),
+    ):
+        demo.run()
+
+
+@pytest.mark.parametrize(
+    ("seed", "size", "generation"), [(1, run.FULL, "2025"), (0, run.SHORT, "2025"), (0, run.FULL, "3v")]
+)
+def test_a_finished_demo_is_not_replaced_by_one_of_other_options(finished, seed, size, generation):
+    out = finished[0].out
+    other = run.Demo(out, seed, Listener(), lambda *message: None, size, DEMO_GENERATIONS[generation])
+    with pytest.raises(UsageError, match="has the finished demo of --generation 2025 --seed 0 — name a new folder"):
+        other.run()
+    assert all((out / name).exists() for name in run.RESULTS)

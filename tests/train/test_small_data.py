@@ -258,7 +258,7 @@ def test_it_is_said_before_the_first_step_and_by_the_plan(tmp_path, mine):
     ended = run_mmv(*tiny_data().train(tmp_path, "sft", **mine, init=sighted(), lr=1e-6, epochs=5, batch_size=16))
     lines = ended.err.splitlines()
     at = next(n for n, line in enumerate(lines) if "5 steps of 12 rows" in line)
-    assert "learning rate from 1.1e-06 down to 1e-07" in lines[at]
+    assert "learning rate 1e-06, from 1.1e-06 down to 1e-07" in lines[at]
     assert "5 steps at --lr 1e-06 cannot move a weight" in lines[at + 1]
     assert lines[at + 2].startswith("step 1/5")
     assert events(tmp_path, "warning")[0] in lines[at + 1]

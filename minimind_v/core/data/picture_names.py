@@ -25,6 +25,10 @@ ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # longer than the
 LOCAL = re.compile(r"file:(?://(?:localhost)?)?(/(?!/).*)", re.IGNORECASE | re.DOTALL)
 INLINE = re.compile(r"data:([^,]*),(.*)", re.IGNORECASE | re.DOTALL)
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+NAME_END = re.compile(rf"(?:{'|'.join(map(re.escape, ENDINGS))})(?=\s|$)", re.IGNORECASE)
+WORD = r"""(?:'[^']*'|"[^"]*"|\\.|[^\s'"\\])+"""  # as a shell reads it
+FIRST, LAST, SPACE = re.compile(rf"{WORD}(?!\S)"), re.compile(rf"(?<!\S){WORD}$"), re.compile(r"\s+")
+LONGEST = 4096  # characters of a name
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,38 @@ def pictures_in(text: str) -> list[str]:
     alone = len(names) == 1 and " " not in names[0]
     ending = alone and (names[0].lower().endswith(ENDINGS) or names[0].lower().startswith("data:image/"))
     return names if names and (all(are_pictures) or ending) else []
+
+
+def split_line(text: str) -> tuple[list[str], str]:
+    """The picture files at the beginning and at the end of a typed line, and the question beside them."""
+    text, before, behind = text.strip(), list[str](), list[str]()
+    if len(text) <= LONGEST and (names := pictures_in(text)):
+        return names, ""
+    while end := _end_of_first(text):
+        before.append(text[:end])
+        text = text[end:].lstrip()
+    while (begin := _begin_of_last(text, with_spaces=not behind)) is not None:
+        behind.insert(0, text[begin:])
+        text = text[:begin].rstrip()
+    return [name for written in before + behind for name in split_names(written)], text
+
+
+def _end_of_first(text: str) -> int:
+    """Where the picture's name at the beginning of a text ends; 0 without one."""
+    if (word := FIRST.match(text)) and pictures_in(word[0]):
+        return word.end()
+    ends = (name.end() for name in NAME_END.finditer(text, 0, LONGEST))  # spaces that are not quoted
+    return next((end for end in ends if _exists(text[:end])), 0)
+
+
+def _begin_of_last(text: str, with_spaces: bool) -> int | None:
+    """Where the picture's name at the end of a text begins: one `with_spaces` that are not quoted, or a word."""
+    window = max(0, len(text) - LONGEST)
+    word = LAST.search(text, window)
+    if not word or not (names := pictures_in(word[0])):
+        return None
+    begins = SPACE.finditer(text, window) if with_spaces and not _exists(names[0]) else ()
+    return next((space.end() for space in begins if _exists(text[space.end() :])), word.start())
 
 
 def check_question(question: str, images: int) -> None:

@@ -23,7 +23,7 @@ from minimind_v.core.data.images import blank_pixels
 from minimind_v.core.demo import world
 from minimind_v.core.demo.dataset import DemoSet, Test, write_pictures, write_pretrain, write_sft, write_test
 from minimind_v.core.demo.generations import DEMO_GENERATIONS, DemoGeneration
-from minimind_v.core.errors import UsageError
+from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.evaluate.run import Scores, evaluate, held_out_dataset
 from minimind_v.core.export.folder import export
 from minimind_v.core.files import only_writer, read_notes, write_text
@@ -41,6 +41,7 @@ from minimind_v.core.paths import DATASET_DIR, OUT_DIR
 from minimind_v.core.rows.stores import open_rows
 from minimind_v.core.train.run import train
 
+RESULTS = "summary.json", "report.html"
 MARK = ".mmv-demo"  # a file in the folder of a demo, which may overwrite that folder
 
 
@@ -78,6 +79,8 @@ class Demo:
         """`announce` gets the title of each stage and the equivalent commands."""
         self.out, self.seed, self.listener, self.announce, self.size = out, seed, listener, announce, size
         self.demo = demo
+        generation = next(name for name, form in DEMO_GENERATIONS.items() if form == demo)
+        self.options = f"--generation {generation} --seed {seed}" + " --short" * (size == SHORT)
         self.seconds: dict[str, float] = {}
         self.runs, self.dataset = out / OUT_DIR, out / DATASET_DIR
         self.weights = {stage: self.runs / f"{demo.weights_name(stage)}.pth" for stage in ("lm", "pretrain", "sft")}
@@ -86,13 +89,22 @@ class Demo:
     def run(self) -> dict[str, Any]:
         """Run all stages; returns the content of `summary.json`.
 
-        Raises UsageError if the folder has other files, RunError if another demo is running in it.
+        Raises UsageError if the folder has other files or the finished demo of other options, RunError if another demo
+        is running in it or it cannot be written.
         """
         self._refuse_to_replace()
         with only_writer(self.out / MARK):
             self._refuse_to_replace()  # another demo may have written it meanwhile
             write_text(self.out / MARK, json.dumps({"made_by": "mmv demo"}) + "\n")
-            return self._run()
+            again = f"the demo in {self.out} is not finished; the same command starts it again from the beginning"
+            try:
+                self._clear()
+                return self._run()
+            except OSError as error:
+                raise RunError(f"{error.strerror or error} — {again}") from error
+            except (KeyboardInterrupt, SystemExit):
+                self.listener.lost(f"stopped — {again}")
+                raise
 
     def _run(self) -> dict[str, Any]:
         started = time.perf_counter()
@@ -114,10 +126,11 @@ class Demo:
         samples = self._samples(loaded)
         export = _command("convert", "--model", sft, "--to", "safetensors")
         self._stage("convert", "convert: the same weights as safetensors", [export], self._convert)
-        self._note_weights()
         summary = self._summary(before, after, answer, time.perf_counter() - started)
-        write_text(self.out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-        write_report(self.out / "report.html", summary, self._curves(), self._use_of_images(), samples, world.knows())
+        summary_file, report = (self.out / name for name in RESULTS)
+        write_text(summary_file, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        write_report(report, summary, self._curves(), self._use_of_images(), samples, world.knows())
+        self._note_end()
         return summary
 
     def _stage(self, name: str, title: str, commands: list[str], work: Callable[[], Any]) -> Any:
@@ -135,26 +148,45 @@ class Demo:
             own = f".{MARK}.lock"
             if any(path.name != own for path in self.out.iterdir()):
                 raise UsageError(f"{self.out} contains other files — name a new folder with --out")
-        for name, stamp in read_notes(mark).get("weights", {}).items():
+        notes = read_notes(mark)
+        if notes.get("options", self.options) != self.options:
+            raise UsageError(
+                f"{self.out} has the finished demo of {notes['options']} — name a new folder with --out, or remove it: "
+                f"{shlex.join(['rm', '-r', str(self.out)])}"
+            )
+        for name, stamp in notes.get("weights", {}).items():
             if (path := self.out / "out" / name).exists() and _stamp(path) != stamp:
                 raise UsageError(
                     f"{path} was changed after the demo wrote it — move it, or name a new folder with --out"
                 )
 
-    def _note_weights(self) -> None:
-        """Record the state of the weights, so that weights changed later are not overwritten."""
+    def _clear(self) -> None:
+        """Remove the results of an earlier demo: none of them stays beside a part of this one."""
+        for name in RESULTS:
+            (self.out / name).unlink(missing_ok=True)
+        for weights in self.weights.values():
+            for ending in (".pth", ".safetensors", ".json"):
+                weights.with_suffix(ending).unlink(missing_ok=True)
+            if (run := weights.with_suffix("")).is_dir():
+                shutil.rmtree(run)
+
+    def _note_end(self) -> None:
+        """Record the options and the state of the weights: weights that are changed later are not overwritten."""
         weights = {path.name: _stamp(path) for path in self.weights.values()}
-        write_text(self.out / MARK, json.dumps({"made_by": "mmv demo", "weights": weights}) + "\n")
+        notes = {"made_by": "mmv demo", "options": self.options, "weights": weights}
+        write_text(self.out / MARK, json.dumps(notes) + "\n")
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
     def _assets(self) -> None:
         base = self.weights["lm"].with_suffix(".safetensors")
         with as_file(self.demo.assets) as assets:
-            shutil.copytree(assets / "vision", self.vision, dirs_exist_ok=True)
-            self.tokenizer.mkdir(parents=True, exist_ok=True)
+            for folder in (self.vision, self.tokenizer):
+                folder.mkdir(parents=True, exist_ok=True)
+            for path in (assets / "vision").iterdir():
+                shutil.copy(path, self.vision)
             for name in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(assets / name, self.tokenizer / name)
+                shutil.copy(assets / name, self.tokenizer)
             self.runs.mkdir(parents=True, exist_ok=True)
             shutil.copy(assets / base.name, base)
         export(ExportRequest(base), "pth", self.weights["lm"], overwrite=True)

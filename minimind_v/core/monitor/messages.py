@@ -52,7 +52,7 @@ def announcement(config: RunConfig, plan: BatchPlan, steps: int, rows: int, mode
     return (
         f"{config.stage}: {plural(len(plan.dataset), 'row')} of {config.data.file}{kept}, "
         f"{epochs}, {plural(steps, 'step')} of {plural(min(rows, plan.rows), 'row')} "
-        f"on {where}{end}; learning rate from {highest:.2g} down to {config.lr / 10:.2g}; "
+        f"on {where}{end}; learning rate {config.lr:.2g}, from {highest:.2g} down to {config.lr / 10:.2g}; "
         f"{trained:,} of {everything:,} parameters are trainable ({config.freeze})"
     )
 
