@@ -71,7 +71,13 @@ class RunRecords:
 
     @property
     def last(self) -> dict[str, Any]:
+        """The last logged step."""
         return self.metrics[-1]
+
+    @property
+    def step(self) -> int:
+        """The last step in any record: a run saves, and stops, between two logged steps, too."""
+        return max(record["step"] for record in (*self.events, self.last))
 
 
 def find_run(path: Path) -> Path:
@@ -121,11 +127,12 @@ def write_report(folder: Path, warn: Callable[[str], object] = lambda _: None) -
 def report_page(run: RunRecords) -> str:
     """The page."""
     last = run.last
+    epoch = last.get("epoch", 0) / max(last["step"], 1) * run.step
     title = f"{run.manifest.get('stage', 'run')} · {run.folder.name}"
-    how = "finished" if last["step"] >= last.get("steps", last["step"]) else "not finished"
+    how = "finished" if run.step >= last.get("steps", run.step) else "not finished"
     body = (
-        f'<h1>{escape(title)}</h1><p class="dim">{last["step"]:,} of {last.get("steps", 0):,} steps, {how}, epoch '
-        f"{last.get('epoch', 0):.2f}; <code>{escape(str(run.folder))}</code></p>"
+        f'<h1>{escape(title)}</h1><p class="dim">{run.step:,} of {last.get("steps", 0):,} steps, {how}, epoch '
+        f"{epoch:.2f}; <code>{escape(str(run.folder))}</code></p>"
         f"{_figures(run)}{_damaged(run)}{_warnings(run)}{_recalled(run)}{_evaluations(run)}{_curves(run)}{_forecast(run)}{_manifest(run)}"
     )
     return page(f"{title} — report", body, "plot", "run_report")
@@ -251,8 +258,11 @@ def _forecast(run: RunRecords) -> str:
     planned, config = run.forecast.get("config", {}), run.manifest.get("config", {})
     other = [key for key in planned if planned[key] != config.get(key)]
     note = f'<p class="warn">The forecast had other settings: {escape(", ".join(other))}.</p>' if other else ""
-    if run.last["step"] < run.last.get("steps", 0):
-        note += '<p class="dim">The run is not finished: the actual values are those so far.</p>'
+    if run.step < run.last.get("steps", 0):
+        note += (
+            '<p class="dim">The run is not finished: the actual values are those until its last logged step, '
+            f"{run.last['step']:,}.</p>"
+        )
     return (
         '<section><h2>Forecast and actual</h2><div class="wide"><table><tr><th></th><th>forecast</th>'
         f"<th>actual</th><th>ratio</th></tr>{rows}</table></div>"
