@@ -131,6 +131,24 @@ def test_a_run_that_is_killed_between_two_logged_steps_has_come_to_its_last_save
     assert "4 of 10 steps, not finished, epoch 0.40" in page
 
 
+@pytest.mark.parametrize(
+    ("logged", "headline"),
+    [
+        ({1: 14.6, 20: 2.4, 40: 0.5, 46: 0.25}, "<b>0.2500</b>loss of the last logged step<"),
+        ({n: n / 100 for n in range(0, 401, 20)}, "<b>3.8000</b>mean loss of the last 3 logged steps<"),
+        ({n: n for n in range(1, 1001)}, "<b>995.5000</b>mean loss of the last 10 logged steps<"),
+        ({0: 2.0}, "<b>2.0000</b>loss of the last logged step<"),
+    ],
+)
+def test_the_loss_above_a_report_is_that_of_its_last_steps_alone(tmp_path, logged, headline):
+    write_rows(
+        tmp_path / "metrics.jsonl",
+        [{"step": step, "loss": loss, "samples": step, "seconds": step} for step, loss in logged.items()],
+    )
+    assert run_mmv("report", tmp_path).code == 0
+    assert headline in (tmp_path / "report.html").read_text()
+
+
 def test_what_a_row_or_a_path_says_does_nothing_in_the_report(tmp_path):
     folder = tmp_path / "<script>x"
     ended = run_mmv(*tiny_data().train(folder, max_steps=2))

@@ -19,6 +19,7 @@ from minimind_v.core.pages.plot import Band, Points, curves
 from minimind_v.core.wording import plural
 
 SHOWN = 5  # damaged records that are listed one by one
+RECENT = 10  # logged steps whose loss is averaged, where they lie in the last tenth of the run
 LABELS = {
     "updates": "steps",
     "samples": "samples",
@@ -140,8 +141,10 @@ def report_page(run: RunRecords) -> str:
 
 def _figures(run: RunRecords) -> str:
     last = run.last
+    recent = [record["loss"] for record in run.metrics[-RECENT:] if record["step"] >= 0.9 * last["step"]]
+    steps = f"mean loss of the last {len(recent)} logged steps" if len(recent) > 1 else "loss of the last logged step"
     numbers = {
-        "mean loss of the last logged steps": f"{statistics.fmean(record['loss'] for record in run.metrics[-10:]):.4f}",
+        steps: f"{statistics.fmean(recent):.4f}",
         "token accuracy on answers": f"{last.get('token_accuracy', 0):.1%}",
         "training time": duration(last["seconds"]),
         "samples per second": f"{last['samples'] / max(last['seconds'], 1e-9):,.1f}",
