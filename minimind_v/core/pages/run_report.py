@@ -187,7 +187,8 @@ def _recalled(run: RunRecords) -> str:
     )
     note = "" if "after" in run.recalled else "<p>How much the model has forgotten was not measured.</p>"
     head = "<tr><th></th><th>rows</th><th>token accuracy</th><th>loss</th></tr>"
-    return f"<section><h2>Learnt and kept</h2>{f'<table>{head}{rows}</table>' if rows else ''}{note}</section>"
+    table = f'<div class="wide"><table>{head}{rows}</table></div>' if rows else ""
+    return f"<section><h2>Learnt and kept</h2>{table}{note}</section>"
 
 
 def _evaluations(run: RunRecords) -> str:
