@@ -45,7 +45,7 @@ class Summary:
     """The end of a run."""
 
     weights: Path  # those it started from, where there was nothing to learn
-    best_weights: Path
+    best_weights: Path | None  # None: the run kept none
     metrics: Path
     steps: int
     stopped_by: Signals | None  # None: the run reached its end
@@ -385,7 +385,7 @@ class Run:
         folder, progress, counts = RunFolder(self.config), self.progress, self.progress.counts
         return Summary(
             folder.weights,
-            folder.best_weights,
+            folder.best_weights if self.best else None,
             folder.metrics,
             progress.done,
             self.stopped_by,
