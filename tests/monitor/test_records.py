@@ -102,6 +102,16 @@ def test_the_report_is_made_again_on_demand(out, tmp_path):
     assert "no run in" in run_mmv("report", tmp_path).error
 
 
+def test_the_report_of_a_run_is_made_by_the_name_that_runs_shows(tmp_path, monkeypatch):
+    step = {"step": 1, "steps": 9, "loss": 1.0, "samples": 4, "seconds": 1.0}
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "metrics.jsonl", [step])
+    monkeypatch.setenv("MMV_OUT", str(tmp_path))
+    assert run_mmv("report", "second").out == f"{tmp_path / 'second' / 'report.html'}\n"
+    assert "no run in third" in run_mmv("report", "third").error
+
+
 def test_the_report_of_a_run_under_way(out, tmp_path):
     lines = (out / NAME / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:1]) + lines[1][:20])

@@ -81,8 +81,12 @@ class RunRecords:
         return max(record["step"] for record in (*self.events, self.last))
 
 
-def find_run(path: Path) -> Path:
-    """The run folder; `path` is the folder, its weights, or an --out with one run. Raises MissingInput."""
+def find_run(path: Path, out: Path | None = None) -> Path:
+    """The run folder; `path` is the folder, its weights, an --out with one run, or the name of a run in `out`.
+
+    Raises MissingInput.
+    """
+    named = out / path if out else path
     path = path.resolve() if path.name in ("", "..") else path
     stem = path.with_suffix("") if path.name else path  # the root has no name
     of_best = stem.with_name(stem.name.removesuffix("_best")) if stem.name.removesuffix("_best") else stem
@@ -92,6 +96,8 @@ def find_run(path: Path) -> Path:
     runs = sorted(file.parent for file in path.glob("*/metrics.jsonl"))
     if len(runs) == 1:
         return runs[0]
+    if (named / "metrics.jsonl").is_file():
+        return named
     several = ", ".join(map(str, runs))
     raise MissingInput(
         f"{path} contains several runs — name one of {several}" if runs else
