@@ -178,7 +178,7 @@ class BrokenRows:
         if broken < read:  # without a whole row there is nothing to allow
             advice += f", or allow more with --set data.bad_rows={_above(broken / read):g}"
         elif set(self.kinds) == {"image missing"}:
-            advice = "give the folder or archive of these images with --images"
+            advice = f"check --images, or {advice}"
         raise DataError(
             f"{broken} of {which} rows are broken, more than {self.allowed:.0%}; for example {self.first} — {advice}"
         )

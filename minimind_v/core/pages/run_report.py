@@ -148,9 +148,9 @@ def report_page(run: RunRecords) -> str:
 def _figures(run: RunRecords) -> str:
     last = run.last
     recent = [record["loss"] for record in run.metrics[-RECENT:] if record["step"] >= 0.9 * last["step"]]
-    steps = f"mean loss of the last {len(recent)} logged steps" if len(recent) > 1 else "loss of the last logged step"
+    label = f"mean loss of the last {len(recent)} logged steps" if len(recent) > 1 else "loss of the last logged step"
     numbers = {
-        steps: f"{statistics.fmean(recent):.4f}",
+        label: f"{statistics.fmean(recent):.4f}",
         "token accuracy on answers": f"{last.get('token_accuracy', 0):.1%}",
         "training time": duration(last["seconds"]),
         "samples per second": f"{last['samples'] / max(last['seconds'], 1e-9):,.1f}",
