@@ -107,7 +107,7 @@ class Run:
             if self.saver:  # it may have ended between its state and its weights
                 self.saver.write_weights()
             return self._summary()
-        if not begun and self.world.leads:
+        if not begun and self.records:
             self._check_rows()
         if not begun and (weights := self._right_already()):
             self.listener.message(
