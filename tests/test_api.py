@@ -289,6 +289,7 @@ def settings(out, **more):
 def test_a_stage_a_file_and_a_configuration_train_the_same_run(tmp_path, capsys, caplog):
     caplog.set_level(logging.WARNING)
     stage = mmv.train("sft", **settings(tmp_path / "stage"))
+    assert (stage.best_weights, stage.best) == (None, None)
     config = mmv.config("sft", **settings(tmp_path / "config"))
     Path("run.yaml").write_text("stage: sft\npreset: demo\n", encoding="utf-8")
     runs = [stage, mmv.train(config), mmv.train("run.yaml", **settings(tmp_path / "file"))]

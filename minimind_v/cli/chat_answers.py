@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from math import exp, log
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len, set_cell_size
 from rich.table import Table
 from rich.text import Text
 
@@ -49,11 +50,12 @@ def split(text: str, think: bool) -> tuple[str, str]:
 def show_rivals(terminal: Terminal, trace: Sequence[Event], tokenizer: Tokenizer) -> None:
     """Write each token of an answer with its probability, and the likeliest tokens in its place."""
     names = {id: repr(tokenizer.decode([id]) or tokenizer.backend.id_to_token(id)) for id in _ids(trace)}
-    width = max((len(names[event.token]) for event in trace if event.token is not None), default=0)
+    width = max((cell_len(names[event.token]) for event in trace if event.token is not None), default=0)
     for event in trace:
         if event.token is not None and event.logprob is not None:
             rivals = "  ".join(f"{names[id]} {_percent(value)}" for id, value in event.likeliest)
-            terminal.say(f"{names[event.token]:<{width}} {_percent(event.logprob):>6}  likeliest: {rivals}")
+            name = set_cell_size(names[event.token], width)  # Chinese characters are two columns wide
+            terminal.say(f"{name} {_percent(event.logprob):>6}  likeliest: {rivals}")
 
 
 def show_beside(terminal: Terminal, titles: tuple[str, str], answers: tuple[str, str]) -> None:

@@ -86,13 +86,12 @@ def _fix(terminal: Terminal, report: Report, rows: RowStore, out: Path, overwrit
     from minimind_v.core.errors import DataError
     from minimind_v.core.rows.subset import SampledRows
 
-    usable = report.whole & ~report.skipped
-    kept = np.flatnonzero(usable & ~report.repeated)
+    kept = np.flatnonzero(report.whole & ~report.repeated)
     if not len(kept):
         raise DataError(f"{rows.path}: every row has a problem, so there is nothing to write")
     with terminal.progress("fix") as progress:
         done = run(SampledRows(rows, kept), out, overwrite, progress)
-    broken = report.rows - int(usable.sum())
+    broken = report.rows - int(report.whole.sum())
     repeated = report.rows - broken - done.rows
     terminal.say(
         f"{out}: {plural(done.rows, 'row')}; {broken} broken and {repeated} repeated or held-out rows left out"

@@ -228,9 +228,10 @@ def _run(file: Path) -> dict[str, Any]:
         files = sorted(path.name for path in file.parent.iterdir() if path.suffix in (*WEIGHTS_ENDINGS, *ROWS))
         if not files:
             raise MissingInput(f"{file.parent} is not itself a model, dataset or run: {no_set(file.parent)}")
-        raise MissingInput(
-            f"{file.parent} is not itself a model, dataset or run — name one of its files: {', '.join(files[:5])}"
-        )
+        names = f"one of its files: {', '.join(files[:5])}{', …' if len(files) > 5 else ''}"
+        if any(name.endswith(WEIGHTS_ENDINGS) for name in files):
+            names = f"one of the runs and weights that `mmv runs {file.parent}` lists"
+        raise MissingInput(f"{file.parent} is not itself a model, dataset or run — name {names}")
     metrics = read_metrics(file)
     weights = weights_of_run(file.parent)
     result = {} if weights == file.parent else {"weights": str(weights)}

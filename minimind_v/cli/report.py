@@ -18,7 +18,7 @@ def report(
         typer.Argument(
             metavar="RUN",
             envvar=options.ENVIRONMENT["out"],
-            help="A run's folder, its weights, or an --out folder with one run.",
+            help="A run's folder, its weights, its name in `mmv runs`, or an --out folder with one run.",
         ),
     ] = OUT_DIR,
     json: options.Json = False,
@@ -27,5 +27,5 @@ def report(
     from minimind_v.core.pages.run_report import find_run, write_report
 
     terminal = Terminal()
-    path = write_report(find_run(run), terminal.warn)
+    path = write_report(find_run(run, options.folder("out", OUT_DIR)), terminal.warn)
     terminal.json({"report": str(path)}) if json else terminal.result(str(path))

@@ -115,15 +115,16 @@ def _show_summary(terminal: Terminal, summary: Summary) -> None:
     terminal.say(f"{end} after {plural(summary.steps, 'step')}{_skipped(summary)}; {_results(summary)}")
     if summary.steps and not summary.weights.is_file():
         raise RunError(f"{summary.weights} was removed during the run — start the run again")
-    if is_best := bool(summary.best and summary.best_weights.is_file()):
-        terminal.say(f"best weights: {summary.best_weights}, {summary.best}")
+    best = summary.best_weights
+    if best and best.is_file():
+        terminal.say(f"best weights: {best}, {summary.best}")
     report = summary.metrics.with_name("report.html")
     if summary.steps and report.is_file():
         terminal.say(f"report: {report}")
     if summary.weights.is_file():
         terminal.say(f"chat with it: {command_line('chat', '--model', summary.weights)}")
-    if is_best:
-        terminal.say(f"or with the best: {command_line('chat', '--model', summary.best_weights)}")
+    if best and best.is_file():
+        terminal.say(f"or with the best: {command_line('chat', '--model', best)}")
     if summary.stopped_by:
         arguments = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
         terminal.say(f"resume with: {command_line(*arguments, '--resume')}")

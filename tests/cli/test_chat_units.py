@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from rich.cells import cell_len
 from rich.console import Console
 
 from minimind_v.cli import typed_line
-from minimind_v.cli.chat_answers import describe_need, show_answer, show_beside
+from minimind_v.cli.chat_answers import describe_need, show_answer, show_beside, show_rivals
 from minimind_v.cli.chat_images import Display, beside, find_display
 from minimind_v.cli.chat_save import Talk, as_address, write_of
 from minimind_v.cli.conversation import Conversation
@@ -22,6 +23,7 @@ from minimind_v.cli.terminal import Terminal
 from minimind_v.cli.typed_commands import run
 from minimind_v.core.data.tokenizer import Tokenizer
 from minimind_v.core.errors import UsageError
+from minimind_v.core.generate.engine import Event
 from minimind_v.core.generate.sampling import GREEDY
 from minimind_v.core.generate.session import Session
 from minimind_v.core.generate.settings import Sampling
@@ -32,6 +34,18 @@ from tests.tokenizers_made import thinking_tokenizer
 
 def pixels(size=8):
     return np.random.default_rng(0).integers(0, 255, (3, size, size), np.uint8)
+
+
+# --- answers on a terminal --------------------------------------------------------------------------------------------
+
+
+def test_the_columns_of_rivals_stand_below_each_other_where_characters_are_wide(capsys):
+    words = ["a", "星星", "star", "红"]
+    trace = [Event(number, word, -1.0, ((0, -2.0),)) for number, word in enumerate(words)]
+    show_rivals(Terminal(), trace, SimpleNamespace(decode=lambda ids: words[ids[0]]))
+    lines = capsys.readouterr().err.splitlines()
+    assert len({cell_len(line.partition("likeliest")[0]) for line in lines}) == 1
+    assert len(lines) == 4
 
 
 # --- images on a terminal ---------------------------------------------------------------------------------------------

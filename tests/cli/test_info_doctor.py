@@ -210,6 +210,11 @@ def test_info_of_other_files(file, message, tmp_path, monkeypatch):
     assert message in ended.error
 
 
+def test_info_of_a_folder_of_runs_leads_to_the_command_that_lists_them(tmp_path):
+    (tmp_path / "sft_vlm_128.pth").write_bytes(b"PK")
+    assert f"`mmv runs {tmp_path}` lists" in run_mmv("info", tmp_path).error
+
+
 def test_info_of_pictures_and_of_a_zip_of_them(tiny_data, tmp_path):
     report = run_mmv("info", tiny_data.images("sft"), "--json").json
     assert (report["kind"], report["members"]) == ("zip", ROWS)

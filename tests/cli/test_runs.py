@@ -30,6 +30,14 @@ def test_a_run_is_one_line_with_its_last_whole_step(tmp_path):
     assert line.split()[:7] == ["sft_vlm_512", "sft", "small", "3", "of", "900", "1.0000"]
 
 
+def test_a_run_that_was_saved_after_its_last_logged_step_has_come_to_the_saved_one(tmp_path):
+    folder = run_folder(tmp_path)
+    events = [{"step": 1, "warning": "slow"}, {"step": 34, "saved": True}, {"step": 2, "warning": "late"}]
+    (folder / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events) + "damaged")
+    (entry,) = list_runs(tmp_path)
+    assert (entry.steps, entry.total_steps, entry.loss) == (34, 900, 1.0)
+
+
 def test_runs_are_in_the_order_in_which_they_trained_whatever_is_written_into_them_later(tmp_path):
     for number, name in enumerate(("earlier", "later")):
         os.utime(run_folder(tmp_path, name) / "metrics.jsonl", (10**9 + number, 10**9 + number))

@@ -226,11 +226,33 @@ def test_more_than_one_row_in_a_hundred_is_an_error_with_the_first_named(tiny_da
     ended = run_mmv(*tiny_data.train(tmp_path / "out", data=data, batch_size=80))
     assert ended.code == 1
     assert "1 of 80 rows are broken, more than 1%" in ended.error
-    assert f"the first: {data}:40: not JSON" in ended.error
+    assert f"for example {data}:40: not JSON" in ended.error
     assert "--set data.bad_rows=" in ended.error
     assert (
         run_mmv(*tiny_data.train(tmp_path / "out", data=data, batch_size=80), "--set", "data.bad_rows=0.02").code == 0
     )
+
+
+def test_a_run_that_bad_rows_end_at_once_leaves_nothing_in_the_way_of_the_next(tiny_data, sighted, tmp_path):
+    rows, data = read_rows(tiny_data.data("sft"))[:6], tmp_path / "mine.jsonl"
+    line = tiny_data.train(tmp_path / "out", "sft", data=data, init=sighted, max_steps=1, batch_size=1)
+    write_rows(data, [*rows[:2], rows[2] | {"image": "nowhere.jpg"}, "{", rows[4], "{"])
+    ended = run_mmv(*line)
+    assert ended.code == 1
+    assert ended.error.startswith(f"3 of 6 rows are broken, more than 1%; for example {data}:3: nowhere.jpg: no such")
+    assert ended.err.count("row skipped: ") == 3
+    assert "step 1" not in ended.err
+    write_rows(data, rows)
+    assert run_mmv(*line).code == 0
+
+
+def test_rows_whose_images_are_all_missing_lead_to_the_option_of_their_folder(tiny_data, tmp_path):
+    (tmp_path / "empty").mkdir()
+    ended = run_mmv(*tiny_data.train(tmp_path / "out", images=tmp_path / "empty"))
+    assert ended.code == 1
+    assert ended.error.startswith("40 of 40 rows are broken")
+    assert "— check --images, or fix the data" in ended.error
+    assert not (tmp_path / "out" / "pretrain_vlm_128").exists()
 
 
 @pytest.mark.parametrize("allowed", ["0.01", "1"])

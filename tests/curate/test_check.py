@@ -61,6 +61,10 @@ LINES = {
     17: (row("a", "b", "\x00"), ["image"]),
     18: (row("what", "yes"), []),
     19: (row("<image>?", "x" * 5, "8.png"), []),
+    20: (
+        json.dumps({"conversations": [{"role": "user", "content": "<image>"}], "image": "1.png"}).encode(),
+        ["no answer"],
+    ),
 }
 
 
@@ -77,9 +81,9 @@ def test_every_problem_is_named_on_its_row(dataset, workers):
     assert {number: sorted(kinds) for number, kinds in kinds_of_row.items()} == {
         number: sorted(kinds) for number, (_, kinds) in LINES.items()
     }
-    assert steps[-1] == (19, 19)
+    assert steps[-1] == (20, 20)
     result = summary(report, 0.01)
-    assert result["rows"] == 19
+    assert result["rows"] == 20
     assert result["ok"] is False
     assert "more than 1%" in result["refusal"]
     assert result["kinds"]["cut"]["training"] == "cuts the row"

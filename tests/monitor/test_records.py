@@ -13,9 +13,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import minimind_v
+from minimind_v.core.formats.inventory import list_runs
 from minimind_v.core.monitor.manifest import git_state
 from minimind_v.core.pages.run_report import beside, read_run
-from tests.cli.harness import read_rows, run_mmv, tiny_data
+from minimind_v.core.train.loop import Run
+from tests.cli.harness import read_rows, run_mmv, tiny_data, write_rows
 
 NAME = "pretrain_vlm_128"
 
@@ -53,8 +55,6 @@ def test_the_manifest_holds_the_inputs_of_the_run(out):
 
 @pytest.mark.long
 def test_a_resumed_run_adds_a_start(tmp_path, monkeypatch):
-    from minimind_v.core.train.loop import Run
-
     real = Run._launch
 
     def patched_step(run, step, batches):
@@ -102,6 +102,16 @@ def test_the_report_is_made_again_on_demand(out, tmp_path):
     assert "no run in" in run_mmv("report", tmp_path).error
 
 
+def test_the_report_of_a_run_is_made_by_the_name_that_runs_shows(tmp_path, monkeypatch):
+    step = {"step": 1, "steps": 9, "loss": 1.0, "samples": 4, "seconds": 1.0}
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "metrics.jsonl", [step])
+    monkeypatch.setenv("MMV_OUT", str(tmp_path))
+    assert run_mmv("report", "second").out == f"{tmp_path / 'second' / 'report.html'}\n"
+    assert "no run in third" in run_mmv("report", "third").error
+
+
 def test_the_report_of_a_run_under_way(out, tmp_path):
     lines = (out / NAME / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:1]) + lines[1][:20])
@@ -109,6 +119,44 @@ def test_the_report_of_a_run_under_way(out, tmp_path):
     assert "1 of 27 steps" in (tmp_path / "report.html").read_text()
     (tmp_path / "metrics.jsonl").write_text("")
     assert "logged nothing yet" in run_mmv("report", tmp_path).error
+
+
+def test_a_run_that_is_killed_between_two_logged_steps_has_come_to_its_last_save(tmp_path, monkeypatch):
+    real = Run._launch
+
+    def patched_step(run, step, batches):
+        if step == 6:
+            raise KeyboardInterrupt
+        return real(run, step, batches)
+
+    monkeypatch.setattr(Run, "_launch", patched_step)
+    assert run_mmv(*tiny_data().train(tmp_path, save_every=2, log_every=100)).code == 130
+    events = tmp_path / NAME / "events.jsonl"
+    kept = [event for event in read_rows(events) if "saved" in event]
+    assert [event["step"] for event in kept] == [2, 4]
+    write_rows(events, kept)  # a kill leaves no more
+    assert [entry.steps for entry in list_runs(tmp_path)] == [4]
+    assert run_mmv("report", tmp_path).code == 0
+    page = (tmp_path / NAME / "report.html").read_text()
+    assert "4 of 10 steps, not finished, epoch 0.40" in page
+
+
+@pytest.mark.parametrize(
+    ("logged", "headline"),
+    [
+        ({1: 14.6, 20: 2.4, 40: 0.5, 46: 0.25}, "<b>0.2500</b>loss of the last logged step<"),
+        ({n: n / 100 for n in range(0, 401, 20)}, "<b>3.8000</b>mean loss of the last 3 logged steps<"),
+        ({n: n for n in range(1, 1001)}, "<b>995.5000</b>mean loss of the last 10 logged steps<"),
+        ({0: 2.0}, "<b>2.0000</b>loss of the last logged step<"),
+    ],
+)
+def test_the_loss_above_a_report_is_that_of_its_last_steps_alone(tmp_path, logged, headline):
+    write_rows(
+        tmp_path / "metrics.jsonl",
+        [{"step": step, "loss": loss, "samples": step, "seconds": step} for step, loss in logged.items()],
+    )
+    assert run_mmv("report", tmp_path).code == 0
+    assert headline in (tmp_path / "report.html").read_text()
 
 
 def test_what_a_row_or_a_path_says_does_nothing_in_the_report(tmp_path):

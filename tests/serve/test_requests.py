@@ -74,6 +74,13 @@ def test_a_field_that_cannot_be_used_is_named(server, fields, param):
     refused(server.chat(**fields), 400, param)
 
 
+def test_what_a_field_may_hold_is_written_as_json(server):
+    asked = {"response_format": {"type": "json_object"}}
+    assert refused(server.chat(**asked), 400).endswith('leave it out, or give {"type": "text"}')
+    assert refused(server.chat(echo=True), 400).endswith("leave it out, or give false")
+    assert refused(server.chat(reasoning_effort="high"), 400).endswith("leave it out")
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [

@@ -77,5 +77,5 @@ def test_the_end_of_a_run_is_reported_with_the_share_that_would_be_enough():
         counted.add([BrokenRow(f"f:{n}", kind, "no") for n, kind in enumerate("aba")], 10, lambda message: None)
     assert counted.kinds == {"a": 2, "b": 1}
     counted = BrokenRows(MILLION, 100, 0.01)
-    with pytest.raises(DataError, match=r"400 of the first 400 rows are broken.*the first: f:0: no —"):
+    with pytest.raises(DataError, match=r"400 of the first 400 rows are broken.*for example f:0: no —"):
         counted.add([BrokenRow(f"f:{n}", "a", "no") for n in range(400)], 400, lambda message: None)

@@ -102,7 +102,7 @@ class Report:
         count = len(rows)
         self.skipped = np.zeros(count, bool)  # [rows]: training would skip these
         self.repeated = np.zeros(count, bool)  # [rows]: copies of earlier rows or of held-out ones
-        self.whole = np.zeros(count, bool)  # [rows]: complete, so that they can be copied
+        self.whole = np.zeros(count, bool)  # [rows]: complete and not skipped, so that they can be copied
         self.text_rows = np.zeros(count, bool)  # [rows]: with pictures and no mark; no problem
         self.notes = {note: np.zeros(count, bool) for note in NOTES}  # [rows] by note; no problem either
         # Index of the row with the same text and pictures, with one of the pictures, and of the held-out one; or -1.
@@ -121,7 +121,7 @@ class Report:
             self._findings.append((row.index, kind, message))
             if kind not in KINDS:
                 self.skipped[row.index] = True
-        if row.whole is not None:
+        if row.whole is not None and not self.skipped[row.index]:  # what is skipped repeats nothing
             self.whole[row.index] = True
             self._wholes.add(row.index, row.whole)
             for digest in row.digests:

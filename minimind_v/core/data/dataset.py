@@ -117,6 +117,18 @@ class RowDataset:
         tokens.notes = row.notes
         return Example(index, location, tokens, row.images[: tokens.images])
 
+    def check(self, index: int) -> BrokenRow | None:
+        """Why a row is skipped, without decoding its images; None where nothing is wrong so far."""
+        example = self.text(index)
+        if isinstance(example, BrokenRow):
+            return example
+        try:
+            for position, name in enumerate(example.names):
+                self.rows.picture(index, position, name)
+        except RowError as error:
+            return BrokenRow(example.location, error.kind, str(error))
+        return None
+
     def load(self, example: Example) -> Example | BrokenRow:
         """Read the picture files of a row, and decode those without stored features."""
         try:

@@ -53,7 +53,10 @@ class Metric:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its interval. `p` tests that a difference is 0. One cluster, or equal ones, have neither."""
+    """A value with its interval. `p` tests that a difference is 0.
+
+    One cluster has neither; equal ones have both where the metric is a share, else neither.
+    """
 
     name: str
     value: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from minimind_v.core.files import object_in, read_notes, size_of
 from minimind_v.core.hub.sources import META, WEIGHTS_ENDINGS
 from minimind_v.core.monitor.records import is_number
 
-_TAIL = 1 << 16  # bytes at the end of metrics.jsonl, which hold its last records
+_TAIL = 1 << 16  # bytes at the end of a file of records, which hold its last ones
 _NAME = re.compile(r"(?P<stage>lm|llm|pretrain|sft)(_vlm)?_(?P<hidden>\d+)(?P<moe>_moe)?")
 _FIRST_BYTES = {".pth": (b"PK\x03\x04", b"\x80"), ".gguf": (b"GGUF",)}
 
@@ -63,9 +63,12 @@ def preset_at(weights: Path) -> str:
 def _run(folder: Path, name: str, paths: dict[str, Path]) -> Entry:
     """A run: its folder, and the weights of the same name beside it."""
     weights = [paths[name + ending] for ending in WEIGHTS_ENDINGS if name + ending in paths]
-    last, damage = _last_step(folder / name / "metrics.jsonl")
+    last = next((record for record in _last_records(folder / name / "metrics.jsonl") if _has_loss(record)), {})
+    damage = "" if last else "metrics.jsonl has no logged step"
     notes, broken = _describe(weights[0]) if weights else ({}, "")
     steps, total, loss = (last.get(key) for key in ("step", "steps", "loss"))
+    if steps is not None:  # a run saves, and stops, between two logged steps, too
+        steps = max(steps, *(event["step"] for event in _last_records(folder / name / "events.jsonl")), 0)
     logged, _ = _date_and_size([folder / name / "metrics.jsonl"])  # a report is written later, too
     _, size = _date_and_size([folder / name, *weights, folder / f"{name}.json"])
     return Entry(name, "run", *_stage_and_model(name, notes), steps, total, loss, logged, size, damage or broken)
@@ -130,9 +133,11 @@ def _stage_and_model(name: str, notes: dict[str, Any]) -> tuple[str, str]:
     return str(stage), "unknown"
 
 
-def _last_step(metrics: Path) -> tuple[dict[str, Any], str]:
-    """The last logged step of a run, or the reason why there is none."""
-    with metrics.open("rb") as file:
+def _last_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The last records with a step in a file of a run, the newest first; none without a file."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL))
         lines = file.read().split(b"\n")
@@ -141,9 +146,12 @@ def _last_step(metrics: Path) -> tuple[dict[str, Any], str]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and is_number(record.get("step")) and is_number(record.get("loss"), finite=False):
-            return record, ""
-    return {}, f"{metrics.name} has no logged step"
+        if isinstance(record, dict) and is_number(record.get("step")):
+            yield record
+
+
+def _has_loss(record: dict[str, Any]) -> bool:
+    return is_number(record.get("loss"), finite=False)
 
 
 def _date_and_size(files: Iterable[Path]) -> tuple[str, int]:

@@ -171,17 +171,16 @@ class BrokenRows:
             if len(self.by_location) <= NAMED_BROKEN:
                 warn(f"row skipped: {row}")
         broken = len(self.by_location)
-        if broken > self.allowed * self.rows:
-            share = f"{broken} of {self.rows} rows are broken"
-        elif broken > self._bearable(read):
-            share = f"{broken} of the first {read} rows are broken"
-        else:
+        if broken <= min(self.allowed * self.rows, self._bearable(read)):
             return
-        # Without a whole row there is nothing to allow.
-        more = f", or allow more with --set data.bad_rows={_above(broken / read):g}" if broken < read else ""
+        which = f"{self.rows}" if read == self.rows else f"the first {read}"
+        advice = "fix the data (`mmv data check` lists every such row)"
+        if broken < read:  # without a whole row there is nothing to allow
+            advice += f", or allow more with --set data.bad_rows={_above(broken / read):g}"
+        elif set(self.kinds) == {"image missing"}:
+            advice = f"check --images, or {advice}"
         raise DataError(
-            f"{share}, more than {self.allowed:.0%}; the first: {self.first} — fix the data (`mmv data check` lists "
-            f"every such row){more}"
+            f"{broken} of {which} rows are broken, more than {self.allowed:.0%}; for example {self.first} — {advice}"
         )
 
     def _bearable(self, read: int) -> float:

@@ -115,6 +115,7 @@ class Recorder(Listener):
         self._keep(best=asdict(best))
 
     def saved(self, step: int) -> None:
+        self._keep(step=step, saved=True)
         self.listener.saved(step)
 
     def recall(self, when: str, result: Recalled | None) -> None:

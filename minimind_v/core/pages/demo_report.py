@@ -73,8 +73,8 @@ def write_report(
         f"<p>{escape(about)}</p>"
         f"{figures({name: f'{share:.1%}' for name, share in shares.items()})}{plots}"
         f"{looks}"
-        f'<h2>By kind of question</h2><div class="wide"><table>'
-        f"<tr><th>question</th><th>new scenes</th><th>new pairs</th></tr>{kinds}</table></div>"
+        f'<section><h2>By kind of question</h2><div class="wide"><table>'
+        f"<tr><th>question</th><th>new scenes</th><th>new pairs</th></tr>{kinds}</table></div></section>"
         f"<h2>Held-out images, with questions and answers</h2>"
         f'<dl class="key">{key}</dl>{sheets}'
     )

@@ -19,6 +19,7 @@ from minimind_v.core.pages.plot import Band, Points, curves
 from minimind_v.core.wording import plural
 
 SHOWN = 5  # damaged records that are listed one by one
+RECENT = 10  # logged steps whose loss is averaged, where they lie in the last tenth of the run
 LABELS = {
     "updates": "steps",
     "samples": "samples",
@@ -71,11 +72,21 @@ class RunRecords:
 
     @property
     def last(self) -> dict[str, Any]:
+        """The last logged step."""
         return self.metrics[-1]
 
+    @property
+    def step(self) -> int:
+        """The last step in any record: a run saves, and stops, between two logged steps, too."""
+        return max(record["step"] for record in (*self.events, self.last))
 
-def find_run(path: Path) -> Path:
-    """The run folder; `path` is the folder, its weights, or an --out with one run. Raises MissingInput."""
+
+def find_run(path: Path, out: Path | None = None) -> Path:
+    """The run folder; `path` is the folder, its weights, an --out with one run, or the name of a run in `out`.
+
+    Raises MissingInput.
+    """
+    named = out / path if out else path
     path = path.resolve() if path.name in ("", "..") else path
     stem = path.with_suffix("") if path.name else path  # the root has no name
     of_best = stem.with_name(stem.name.removesuffix("_best")) if stem.name.removesuffix("_best") else stem
@@ -85,6 +96,8 @@ def find_run(path: Path) -> Path:
     runs = sorted(file.parent for file in path.glob("*/metrics.jsonl"))
     if len(runs) == 1:
         return runs[0]
+    if (named / "metrics.jsonl").is_file():
+        return named
     several = ", ".join(map(str, runs))
     raise MissingInput(
         f"{path} contains several runs — name one of {several}" if runs else
@@ -121,11 +134,12 @@ def write_report(folder: Path, warn: Callable[[str], object] = lambda _: None) -
 def report_page(run: RunRecords) -> str:
     """The page."""
     last = run.last
+    epoch = last.get("epoch", 0) / max(last["step"], 1) * run.step
     title = f"{run.manifest.get('stage', 'run')} · {run.folder.name}"
-    how = "finished" if last["step"] >= last.get("steps", last["step"]) else "not finished"
+    how = "finished" if run.step >= last.get("steps", run.step) else "not finished"
     body = (
-        f'<h1>{escape(title)}</h1><p class="dim">{last["step"]:,} of {last.get("steps", 0):,} steps, {how}, epoch '
-        f"{last.get('epoch', 0):.2f}; <code>{escape(str(run.folder))}</code></p>"
+        f'<h1>{escape(title)}</h1><p class="dim">{run.step:,} of {last.get("steps", 0):,} steps, {how}, epoch '
+        f"{epoch:.2f}; <code>{escape(str(run.folder))}</code></p>"
         f"{_figures(run)}{_damaged(run)}{_warnings(run)}{_recalled(run)}{_evaluations(run)}{_curves(run)}{_forecast(run)}{_manifest(run)}"
     )
     return page(f"{title} — report", body, "plot", "run_report")
@@ -133,8 +147,10 @@ def report_page(run: RunRecords) -> str:
 
 def _figures(run: RunRecords) -> str:
     last = run.last
+    recent = [record["loss"] for record in run.metrics[-RECENT:] if record["step"] >= 0.9 * last["step"]]
+    label = f"mean loss of the last {len(recent)} logged steps" if len(recent) > 1 else "loss of the last logged step"
     numbers = {
-        "mean loss of the last logged steps": f"{statistics.fmean(record['loss'] for record in run.metrics[-10:]):.4f}",
+        label: f"{statistics.fmean(recent):.4f}",
         "token accuracy on answers": f"{last.get('token_accuracy', 0):.1%}",
         "training time": duration(last["seconds"]),
         "samples per second": f"{last['samples'] / max(last['seconds'], 1e-9):,.1f}",
@@ -177,7 +193,8 @@ def _recalled(run: RunRecords) -> str:
     )
     note = "" if "after" in run.recalled else "<p>How much the model has forgotten was not measured.</p>"
     head = "<tr><th></th><th>rows</th><th>token accuracy</th><th>loss</th></tr>"
-    return f"<section><h2>Learnt and kept</h2>{f'<table>{head}{rows}</table>' if rows else ''}{note}</section>"
+    table = f'<div class="wide"><table>{head}{rows}</table></div>' if rows else ""
+    return f"<section><h2>Learnt and kept</h2>{table}{note}</section>"
 
 
 def _evaluations(run: RunRecords) -> str:
@@ -251,8 +268,11 @@ def _forecast(run: RunRecords) -> str:
     planned, config = run.forecast.get("config", {}), run.manifest.get("config", {})
     other = [key for key in planned if planned[key] != config.get(key)]
     note = f'<p class="warn">The forecast had other settings: {escape(", ".join(other))}.</p>' if other else ""
-    if run.last["step"] < run.last.get("steps", 0):
-        note += '<p class="dim">The run is not finished: the actual values are those so far.</p>'
+    if run.step < run.last.get("steps", 0):
+        note += (
+            '<p class="dim">The run is not finished: the actual values are those until its last logged step, '
+            f"{run.last['step']:,}.</p>"
+        )
     return (
         '<section><h2>Forecast and actual</h2><div class="wide"><table><tr><th></th><th>forecast</th>'
         f"<th>actual</th><th>ratio</th></tr>{rows}</table></div>"

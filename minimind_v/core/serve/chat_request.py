@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -142,8 +143,10 @@ def _refuse_fields(body: Mapping[str, Any], extra: frozenset[str]) -> None:
             guess = nearest(name, COMPUTED) if len(name) < 80 else ""
             raise ApiError(400, f"unknown field {shown!r}{guess}", shown, "unknown_parameter")
         if isinstance(value, bool) != isinstance(next(iter(NEUTRAL[name]), None), bool) or value not in NEUTRAL[name]:
-            neutral = f": leave it out, or give {NEUTRAL[name][0]!r}" if NEUTRAL[name] else ": leave it out"
-            raise ApiError(400, f"this server does not support {name}{neutral}", name, "unsupported_parameter")
+            neutral = f", or give {json.dumps(NEUTRAL[name][0])}" if NEUTRAL[name] else ""
+            raise ApiError(
+                400, f"this server does not support {name}: leave it out{neutral}", name, "unsupported_parameter"
+            )
 
 
 def _sampling(fields: Fields) -> Sampling:

@@ -18,7 +18,7 @@ from minimind_v.core.data.batch import Batch
 from minimind_v.core.data.loader import BatchPlan, load_steps
 from minimind_v.core.data.vision_stage import encode_ahead
 from minimind_v.core.errors import DataError, MmvError
-from minimind_v.core.monitor.messages import announcement, before_the_start, explained
+from minimind_v.core.monitor.messages import BrokenRows, announcement, before_the_start, explained
 from minimind_v.core.monitor.metrics import Best, Listener, StepMetrics
 from minimind_v.core.signals import StopRequest
 from minimind_v.core.train.distributed import ALONE, World
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from minimind_v.core.train.evaluator import Evaluator
 
 MOST_TO_CHECK = 2000  # rows, which stay in memory, before the first step
+ROWS_TO_CHECK = 200  # all of a small set, some 0.1 seconds
 RIGHT_EPOCHS = 2  # after one epoch, later steps had made one of twelve answers wrong again
 
 
@@ -44,7 +45,7 @@ class Summary:
     """The end of a run."""
 
     weights: Path  # those it started from, where there was nothing to learn
-    best_weights: Path
+    best_weights: Path | None  # None: the run kept none
     metrics: Path
     steps: int
     stopped_by: Signals | None  # None: the run reached its end
@@ -106,6 +107,8 @@ class Run:
             if self.saver:  # it may have ended between its state and its weights
                 self.saver.write_weights()
             return self._summary()
+        if not begun and self.records:
+            self._check_rows()
         if not begun and (weights := self._right_already()):
             self.listener.message(
                 f"nothing to learn: {weights} answers every row of {self.config.data.file} correctly "
@@ -279,6 +282,21 @@ class Run:
             self.stopped_by = Signals(int(max(signals)))
         return [sum(column) for column in columns]
 
+    def _check_rows(self) -> None:
+        """Check the first rows of the file, so that a run that they would end leaves no files.
+
+        Raises DataError. Images are not decoded: one that ends its process ends a data worker, which names it.
+        """
+        broken, warnings = BrokenRows(self.plan.rows, self.plan.rows_per_step, self.config.data.bad_rows), list[str]()
+        rows = self.plan.kept.nonzero()[0][:ROWS_TO_CHECK].tolist()
+        results = map(self.plan.dataset.check, rows)
+        try:
+            broken.add([row for row in results if row is not None], len(rows), warnings.append)
+        except DataError:
+            for line in warnings:
+                self.listener.warning(line)
+            raise
+
     def _right_already(self) -> Path | None:
         """With `until_right`, in one process and for few rows: the initial weights, if they answer all correctly."""
         if not self.config.until_right or self.world.size > 1 or self.plan.rows > MOST_TO_CHECK:
@@ -367,7 +385,7 @@ class Run:
         folder, progress, counts = RunFolder(self.config), self.progress, self.progress.counts
         return Summary(
             folder.weights,
-            folder.best_weights,
+            folder.best_weights if self.best else None,
             folder.metrics,
             progress.done,
             self.stopped_by,
