@@ -25,7 +25,7 @@ NAME = "pretrain_vlm_128"
 def out(tmp_path_factory):
     """A run that was foretold; both count the time of this process only, not that of a busy machine's others."""
     folder = tmp_path_factory.mktemp("planned") / "out"
-    _, *line = tiny_data().train(folder, epochs=2, accumulate=2)
+    _, *line = tiny_data().train(folder, epochs=2, accumulate=2, features="exact")
     with mock.patch.object(time, "perf_counter", time.process_time):
         report = run_mmv("plan", *line, "--price-per-hour", "3.6", "--json").json
         assert tree(folder) == [f"{NAME}/forecast.json"], "it leaves nothing else"
@@ -80,7 +80,7 @@ def test_what_is_measured_is_of_the_right_size(out):
     report = json.loads((out / NAME / "forecast.json").read_text())
     last = read_rows(out / NAME / "metrics.jsonl")[-1]
     assert last["seconds"] / 5 < report["seconds"] < 5 * last["seconds"]
-    disk = sum((out / path).stat().st_size for path in tree(out))
+    disk = sum((out / path).stat().st_size for path in tree(out) if not path.startswith("features"))
     assert report["disk_bytes"] == pytest.approx(disk, rel=0.3)
     assert report["memory_bytes"] > 10**8
 
@@ -94,14 +94,14 @@ def test_the_report_sets_it_beside_what_happened(out):
 
 
 def test_the_report_says_where_the_plan_was_for_something_else(out):
-    _, *line = tiny_data().train(out, epochs=2, accumulate=2, lr=1e-5)
+    _, *line = tiny_data().train(out, epochs=2, accumulate=2, features="exact", lr=1e-5)
     assert run_mmv("train", *line, "--overwrite").code == 0
     assert "The forecast had other settings: lr." in (out / NAME / "report.html").read_text()
 
 
 def test_it_needs_no_base_and_says_all_in_words(tmp_path):
     init, data = tmp_path / "none.pth", tiny_data().data("sft")
-    _, _, *line = tiny_data().train(tmp_path, "sft", init=init, max_steps=3, gpus=2)
+    _, _, *line = tiny_data().train(tmp_path, "sft", init=init, max_steps=3, gpus=2, features="off")
     ended = run_mmv("plan", "sft", *line, "--price-per-hour", 2)
     assert ended.code == 0, ended.err
     assert ended.err.splitlines()[0] == f"sft, preset demo: data {data}, weights {init}, which do not exist yet"
@@ -110,7 +110,15 @@ def test_it_needs_no_base_and_says_all_in_words(tmp_path):
     assert rows["samples"] == "24"
     assert "2 processes assumed to be 2 times as fast" in rows["how"]
     assert rows["time"].endswith(" s")
+    assert "feature cache" not in ended.out, "--features off"
     assert rows["cost"].endswith(", in the currency of --price-per-hour")
+
+
+def test_the_disk_for_the_features_of_all_images_is_foretold(out):
+    report = json.loads((out / NAME / "forecast.json").read_text())
+    stored = sum(file.stat().st_size for file in (out / "features").rglob("*.features"))
+    assert report["features_bytes"] == stored > 0
+    assert f"kB for each of {len(read_rows(tiny_data().data('pretrain')))} images" in report["how"]
 
 
 @pytest.mark.long

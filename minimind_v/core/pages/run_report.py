@@ -29,6 +29,7 @@ LABELS = {
     "evaluation_seconds": "of this, evaluations",
     "memory_bytes": "memory",
     "disk_bytes": "disk",
+    "features_bytes": "and the feature cache",
     "cost": "cost",
 }
 MANIFEST: dict[str, type] = {"stage": str, "config": dict, "fingerprints": dict, "versions": dict, "starts": list}

@@ -61,6 +61,7 @@ class Forecast:
     evaluation_seconds: float | None  # None: there are none
     memory_bytes: int  # the most that one process will hold, on a GPU with the recordings of its steps
     disk_bytes: int  # weights, states and records
+    features_bytes: int | None  # of the feature cache, which is not in disk_bytes; None: nothing is cached
     price_per_hour: float | None
     cost: float | None
     how: str  # the times were measured
@@ -93,6 +94,12 @@ def plan(
     training = (watch.per_token * new + later.per_token * (tokens - new)) / config.gpus
     evaluating, evaluated = evaluation_time(config, watch, steps)
     time = training + (evaluating or 0.0)
+    store = watch.run.train_step.features.store
+    images = _of_run(sample, first, sample.counted.pictures_kept)
+    size, cached = None, ""
+    if store is not None:
+        size, record = images * store.layout.record, f"{store.layout.record / 1e3:.0f} kB"
+        cached = f"; the feature cache takes {record} for each of {plural(images, 'image')}, equal images once"
     remembered = ", and once more with the features cached, as in later epochs" if later is not watch else ""
     several = f", {config.gpus} processes assumed to be {config.gpus} times as fast as one" if config.gpus > 1 else ""
     most = "; the run stops when every answer is correct, so this is an upper limit" if config.until_right else ""
@@ -106,11 +113,12 @@ def plan(
         evaluating,
         memory,
         disk,
+        size,
         price_per_hour,
         None if price_per_hour is None else price_per_hour * time / 3600,
         f"{watch.measured} steps of the real run, measured on this machine, reading included{remembered}: "
-        f"{training / steps:.2f} s per step of average length{several}{evaluated}; saving and validation are not "
-        f"included, and longer rows may need more memory{most}",
+        f"{training / steps:.2f} s per step of average length{several}{evaluated}{cached}; saving and validation are "
+        f"not included, and longer rows may need more memory{most}",
         [generation_of(config.model).cosine.peak(config.lr), config.lr / 10],
         too_little(config, len(rows), steps),
         as_settings(config),
