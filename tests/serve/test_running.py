@@ -311,7 +311,19 @@ def test_names_are_unique(tmp_path):
     paths = [tmp_path / name for name in ("a/x.pth", "b", "c", "a/x.safetensors", "b/../b2/x.pth")]
     (tmp_path / "b2").mkdir()
     (tmp_path / "b2" / "x.pth").touch()
-    assert list(named(paths)) == ["x", "x.pth", "y", "x.safetensors", "b2/x.pth"]
+    assert list(named(paths)) == ["a/x", "b/x", "y", "a/x.safetensors", "b2/x"]
+
+
+def test_names_of_two_folders_tell_the_folders_apart(tmp_path):
+    from minimind_v.core.serve.models import named
+
+    for name in ("demo/out/x.pth", "demo-3v/out/x.pth", "demo-3v/out/x.safetensors"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    names = named([tmp_path / "demo" / "out", tmp_path / "demo-3v" / "out"])
+    assert list(names) == ["demo/out/x", "demo-3v/out/x", "demo-3v/out/x.safetensors"]
+    assert names["demo/out/x"] == tmp_path / "demo" / "out" / "x.pth"
 
 
 def test_a_single_model_that_cannot_be_opened_ends_the_command(tmp_path):

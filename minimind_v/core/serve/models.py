@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -233,23 +234,33 @@ class Models:
 def named(paths: Sequence[Path]) -> dict[str, Path]:
     """The weights that paths stand for, by names that are unique: a folder of several stands for each of them.
 
-    The first of a name has it without its ending; so a converted copy beside weights does not change their name.
+    The first of a name in a folder has it without its ending; so a converted copy beside weights does not change their
+    name. Where several folders have weights of a name, each name begins with as many folders as tell them apart.
     Raises MissingInput for a path without weights, UsageError for the same weights twice.
     """
     files = [file for path in paths for file in _weights_in(path)]
     if twice := [file for number, file in enumerate(files) if file in files[:number]]:
         raise UsageError(f"{twice[0]} is given twice — give each model once")
+    folders: dict[str, list[Path]] = {}
+    for file in files:
+        folders.setdefault(_name(file), []).append(file.resolve().parent)
     names: dict[str, Path] = {}
     for file in files:
-        parent = file.resolve().parent.name
-        forms = [
-            _name(file),
-            file.name,
-            f"{parent}/{file.name}",
-            *(f"{_name(file)}-{n}" for n in range(2, len(files) + 2)),
-        ]
-        names[next(form for form in forms if form not in names)] = file
+        prefix = _prefix(file.resolve().parent, folders[_name(file)])
+        forms = [_name(file), file.name, *(f"{_name(file)}-{n}" for n in range(2, len(files) + 2))]
+        names[next(name for form in forms if (name := prefix + form) not in names)] = file
     return names
+
+
+def _prefix(folder: Path, folders: Sequence[Path]) -> str:
+    """The last parts of a folder's path, as many as tell all the folders apart; empty for one folder."""
+    different = len(set(folders))
+    depth = next(depth for depth in count() if len({_last(path, depth) for path in folders}) == different)
+    return "".join(f"{part}/" for part in _last(folder, depth))
+
+
+def _last(folder: Path, depth: int) -> tuple[str, ...]:
+    return folder.parts[-depth:] if depth else ()
 
 
 def _weights_in(path: Path) -> list[Path]:
