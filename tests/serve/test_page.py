@@ -243,6 +243,30 @@ def test_files_that_are_no_images_are_named_and_the_others_are_added(page):
     assert page.locator(".thumbnails img").count() == 1
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_message_covers_neither_answer_nor_images_and_stands_amid_the_conversation(
+    open_page, stub, stub_server, width
+):
+    stub.answer = "A long answer. " * 120
+    page = open_page(stub_server.url, viewport={"width": width, "height": 780})
+    ask_and_wait(page, "What is this?")
+    payload = [{"name": name, "mimeType": "image/png", "buffer": data}
+               for name, data in (("notes.txt", b"hello"), ("ok.png", scene()))]  # fmt: skip
+    page.set_input_files("#compose input[multiple]", payload)
+    page.locator(".thumbnails img").wait_for()
+    toast = page.locator(".toast")
+    toast.wait_for()
+    toast.hover()  # it stays
+    box, thread, form = (page.locator(name).bounding_box() for name in (".toast", "#thread", ".message-form"))
+    assert thread["y"] + thread["height"] <= box["y"]
+    assert box["y"] + box["height"] <= form["y"]
+    bottom = "name => document.querySelector(name).getBoundingClientRect().bottom"
+    page.wait_for_function(
+        f"limit => ({bottom})('.answer footer') <= limit", arg=box["y"]
+    )  # the answer's end is in view
+    assert abs(box["x"] + box["width"] / 2 - (form["x"] + form["width"] / 2)) <= 1
+
+
 def test_a_file_that_the_browser_cannot_read_is_reported_and_blocks_nothing(page, stub):
     page.evaluate("""() => {
         const { slice } = Blob.prototype;

@@ -10,8 +10,11 @@ export class Thread {
     this.pictures = new Map(); // image id → its element: a large image is not decoded again with each change
     // Who has scrolled up reads there: the page follows an answer only from its end.
     this.follows = true;
+    let before = 0;
     element.addEventListener("scroll", () => {
-      this.follows = element.scrollHeight - element.scrollTop - element.clientHeight < 60;
+      const isAtEnd = element.scrollHeight - element.scrollTop - element.clientHeight < 60;
+      this.follows = isAtEnd || (this.follows && element.scrollTop >= before); // less room does not end it
+      before = element.scrollTop;
     });
     new ResizeObserver(() => this.#follow()).observe(element);
   }
