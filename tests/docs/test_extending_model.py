@@ -113,6 +113,8 @@ def test_an_extension_is_used_by_the_commands_that_name_it(example, tmp_path):
     assert refused.code == 2, refused.err
     assert "--to hf can hold clip_vision_model with linear" in refused.err
     assert not (tmp_path / "hf").exists()
+    if name == "extend_tower":
+        assert "normalised with mean 0.5, 0.5, 0.5 and deviation 0.5, 0.5, 0.5" in trained.err, "the tower's own"
     unknown = installed("chat", "--model", weights, "--greedy", "hello", cwd=tmp_path)
     assert unknown.code in (1, 2)
     assert "MMV_EXTENSIONS" in unknown.error

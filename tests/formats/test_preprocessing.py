@@ -102,7 +102,9 @@ def test_a_folder_without_settings_is_reported(tmp_path, generation):
     ended = run_mmv("chat", "Hello", "--model", weights, "--vision-model", tmp_path / "bare", "--tokenizer", tokenizer,
                     "--max-new-tokens", 1, "--device", "cpu")  # fmt: skip
     assert ended.code == 0, ended.err
-    assert "bare has no preprocessor_config.json: images are resized bicubic" in ended.err
+    numbers = {"2025": ("0.481, 0.458, 0.408", "0.269, 0.261, 0.276"), "2026": ("0.5, 0.5, 0.5",) * 2}[generation]
+    assert "bare has no preprocessor_config.json: images are resized bicubic, and normalised with " in ended.err
+    assert "with mean {} and deviation {}\n".format(*numbers) in ended.err
 
 
 # --- April 2026 -------------------------------------------------------------------------------------------------------

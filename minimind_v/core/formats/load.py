@@ -173,8 +173,10 @@ def read_companions(
     else:
         tower = read_tower(vision_model, open_spec(vision_model, generation, weights))
         if read_preprocessing(vision_model) is None:
-            say(f"{vision_model} has no preprocessor_config.json: images are resized {tower.spec.resample}, and "
-                f"normalised as {generation.vision_encoder}'s processor does by default")  # fmt: skip
+            spec = tower.spec
+            mean, deviation = (", ".join(f"{value:.3g}" for value in colours) for colours in (spec.mean, spec.std))
+            say(f"{vision_model} has no preprocessor_config.json: images are resized {spec.resample}, and normalised "
+                f"with mean {mean} and deviation {deviation}")  # fmt: skip
     if not is_gguf(tokenizer):
         return tower, open_tokenizer(tokenizer, layout, generation, weights)
     loaded = gguf.read_tokenizer(tokenizer)
