@@ -33,6 +33,7 @@ from rich.text import Text
 
 from minimind_v.cli.word_wrap import Unchanged, WordWrap, wrap
 from minimind_v.core.errors import MmvError, readable
+from minimind_v.core.extensions import error_of_extension
 from minimind_v.core.files import as_json
 from minimind_v.core.train.launch import PROGRAM, report_to_launcher
 
@@ -309,6 +310,7 @@ def _fail_usage(error: Any) -> NoReturn:
 
 def _describe(error: Exception) -> tuple[str, int]:
     """The one line of an error, and the exit code."""
+    error = error_of_extension(error) or error
     if isinstance(error, MmvError):
         return str(error), error.exit_code
     if isinstance(error, OSError):  # no permission, no space, a name that is too long

@@ -7,12 +7,13 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
-from minimind_v.core.errors import MmvError, UsageError
+from minimind_v.core.errors import MmvError, RunError, UsageError
 
 Entry = TypeVar("Entry")
 VARIABLE = "MMV_EXTENSIONS"  # files (`….py`) or names of modules, separated as the folders in PATH are
@@ -57,7 +58,7 @@ def load_extensions() -> list[ModuleType]:
     Processes that this one starts inherit the variable. Raises UsageError with the extension and its error.
     """
     modules = []
-    for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
+    for name in _names():
         _importing.append(name)
         try:
             modules.append(_import_file(Path(name)) if name.endswith(".py") else importlib.import_module(name))
@@ -69,6 +70,24 @@ def load_extensions() -> list[ModuleType]:
         finally:
             _importing.pop()
     return modules
+
+
+def _names() -> list[str]:
+    return [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]
+
+
+def error_of_extension(error: Exception) -> RunError | None:
+    """The same error with the line of the extension that raised it or called what did; None without an extension.
+
+    A process reports it in place of the error: only a message reaches other processes whole.
+    """
+    names = {Path(name).stem if name.endswith(".py") else name for name in _names()}
+    lines = [f"{frame.f_code.co_filename}:{line}" for frame, line in traceback.walk_tb(error.__traceback__)
+             if frame.f_globals.get("__name__") in names]  # fmt: skip
+    if isinstance(error, MmvError | OSError) or not lines:
+        return None
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return RunError(f"{lines[-1]}: {reason} — an error in this extension")
 
 
 def extensions_digest() -> str | None:

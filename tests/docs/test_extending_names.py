@@ -175,6 +175,46 @@ def test_rows_of_a_store_are_checked_converted_and_trained_on(extended, tmp_path
     assert [record["step"] for record in read_rows(tmp_path / "out" / "pretrain_vlm_128" / "metrics.jsonl")] == [1, 2]
 
 
+FAILING = """
+from multiprocessing import parent_process
+
+from minimind_v.core.rows.file_rows import FileRows
+from minimind_v.core.rows.forms import read_row
+from minimind_v.core.rows.stores import STORES, Store
+
+
+class Rows(FileRows):
+    file_kind = "own"
+
+    def __len__(self):
+        return 40
+
+    def row(self, index):
+        if self.path.read_text() == "several" and parent_process() is None:
+            return read_row({"question": "What is it?", "answer": "a star"})
+        raise ValueError("no such field")
+
+
+STORES.insert(0, Store("own", ".own", lambda path: path.suffix == ".own", lambda path, images, *_: Rows(path, images)))
+"""
+
+
+@pytest.mark.parametrize("processes", ["none", pytest.param("several", marks=pytest.mark.long)])
+def test_an_error_of_an_extension_is_reported_with_its_line_and_not_as_one_of_this_package(tmp_path, processes):
+    (tmp_path / "failing.py").write_text(FAILING)
+    (tmp_path / "rows.own").write_text(processes)
+    run = partial(installed, cwd=tmp_path, MMV_EXTENSIONS=str(tmp_path / "failing.py"))
+    line = FAILING.splitlines().index('        raise ValueError("no such field")') + 1
+    message = f"{tmp_path / 'failing.py'}:{line}: ValueError: no such field — an error in this extension"
+    if processes == "none":
+        assert run("info", "rows.own").error == message
+        return
+    assert run("data", "check", "rows.own", *SIGHT, "--workers", 2).error == message
+    trained = run(*tiny_data().train("out", data="rows.own", images=None, workers=1, max_steps=2))
+    assert trained.error.startswith("a data worker failed at rows.own:")
+    assert trained.error.endswith(message)
+
+
 @pytest.mark.long
 def test_a_layout_is_trained_with_and_stored(extended, tmp_path):
     run, out = extended("layout"), tmp_path / "out"

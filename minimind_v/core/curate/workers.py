@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, Literal, TypeVar
 
 from minimind_v.core.errors import RunError
+from minimind_v.core.extensions import error_of_extension
 from minimind_v.core.processes import Parent, end_processes
 
 T = TypeVar("T")
@@ -131,7 +132,7 @@ def _work(parent: Parent, pipe: Connection, function: RowFunction[T], rows: Any)
             try:
                 results: Any = [function(rows, index) for index in range(begin, end)]
             except Exception as error:
-                results = error
+                results = error_of_extension(error) or error
             pipe.send(results)
 
 

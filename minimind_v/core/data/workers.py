@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from minimind_v.core.data.parcel import Parcel
 from minimind_v.core.errors import MmvError, RunError
+from minimind_v.core.extensions import error_of_extension
 from minimind_v.core.processes import Parent, end_processes
 
 SHM = Path("/dev/shm")
@@ -56,8 +57,10 @@ class Packed(Dataset[Parcel | _Failure]):
         except (OSError, MemoryError) as error:
             reason = f"{str(error) or 'out of memory'} — try fewer workers, or --workers 0"
             return _Failure(_location_of(self.plan, os.getpid()), RunError, reason)
-        except Exception:
-            return _Failure(_location_of(self.plan, os.getpid()), None, traceback.format_exc())
+        except Exception as error:
+            extension = error_of_extension(error)
+            kind, message = (RunError, str(extension)) if extension else (None, traceback.format_exc())
+            return _Failure(_location_of(self.plan, os.getpid()), kind, message)
 
 
 def affordable(workers: int, warn: Callable[[str], None]) -> int:

@@ -256,7 +256,7 @@ def _prefix(folder: Path, folders: Sequence[Path]) -> str:
     """The last parts of a folder's path, as many as tell all the folders apart; empty for one folder."""
     different = len(set(folders))
     depth = next(depth for depth in count() if len({_last(path, depth) for path in folders}) == different)
-    return "".join(f"{part}/" for part in _last(folder, depth))
+    return "".join(f"{name}/" for name in _last(folder, depth))
 
 
 def _last(folder: Path, depth: int) -> tuple[str, ...]:
