@@ -28,7 +28,7 @@ PICTURES, TRAINED = "no image files at", "no trained weights in out"
         ("chat hello", [TRAINED, EYE, WORDS]),
         ("chat hello --image a.jpg --image b.jpg", [TRAINED, EYE, WORDS, "a.jpg", "b.jpg"]),
         ("convert --to hf", [TRAINED, EYE, WORDS]),
-        ("convert --to gguf --model m.pth --tokenizer t", ["m.pth", EYE, "in t"]),
+        ("convert --to gguf --model m.pth --tokenizer t", ["m.pth", "in t"]),
         ("data check d.jsonl --images i --against h.jsonl", ["d.jsonl", "no folder i ", WORDS, "h.jsonl"]),
         ("data stats d.jsonl --vision-model v", ["d.jsonl", WORDS, "in v"]),
         ("data preview d.jsonl --images i", ["d.jsonl", "no folder i ", WORDS]),
@@ -51,8 +51,20 @@ def test_a_long_list_of_missing_inputs_ends_with_their_number(tmp_path, monkeypa
     images = [word for number in range(30) for word in ("--image", f"{number}.jpg")]
     lines = run_mmv("chat", "hello", *images, "--model", "m.pth").err.splitlines()
     assert len(lines) == 22
-    assert (lines[0], lines[1]) == ("error: 33 inputs are missing:", "  no image file at 0.jpg")
-    assert lines[-1] == "  and 13 more"
+    assert (lines[0], lines[1]) == ("error: 31 inputs are missing:", "  no image file at 0.jpg")
+    assert lines[-1] == "  and 11 more"
+
+
+@pytest.mark.parametrize("command", ["chat hello", "convert --to safetensors", "serve"])
+def test_a_wrong_name_of_a_model_is_the_only_mistake(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("# no weights")
+    for name in ("README.md", "m.pth"):
+        ended = run_mmv(*command.split(), "--model", name)
+        assert ended.code == 1
+        assert name in ended.error
+        assert "mmv download" not in ended.error
+        assert len(ended.err.splitlines()) == 1
 
 
 def test_what_is_there_is_not_missed(tmp_path, monkeypatch, tiny_data, sighted):

@@ -87,17 +87,19 @@ def find_model(
 ) -> Path:
     """The named weights, else the latest in `out`, else the demo's.
 
-    Raises MissingInput where there are none; it also names a missing vision model and tokenizer. Existing weights may
-    name their own, so those are checked only when the weights are read.
+    Raises MissingInput where there are none; it also names a missing vision model and tokenizer, the standard ones only
+    where no weights are named: weights may name their own, so those are checked when the weights are read.
     """
     try:
         return weights_at(weights) if weights else latest_model(say, out)
     except MissingInput:
         present = (other for other in (V2025, V2026) if (other.tokenizer / "tokenizer.json").is_file())
         generation = next(present, V2025)  # that of the weights is not known
+        if weights is None:
+            vision_model, tokenizer = vision_model or generation.vision_model, tokenizer or generation.tokenizer
         open_all(
             lambda: weights_at(weights) if weights else latest_model(say, out),
-            lambda: read_tower_config(vision_model or generation.vision_model, preset=generation.preset),
-            lambda: find_tokenizer(tokenizer or generation.tokenizer, generation.preset),
+            lambda: read_tower_config(vision_model, preset=generation.preset) if vision_model else None,
+            lambda: find_tokenizer(tokenizer, generation.preset) if tokenizer else None,
         )
         raise
