@@ -77,6 +77,8 @@ class Command(TyperCommand):
             if match := CHOICES.search(error.message):
                 choices = re.findall(r"'([^']*)'", match["choices"])
                 error.message = f"{match[1]}{nearest(match['word'], choices)}"
+            if type(error).__name__ == "MissingParameter" and not error.message:
+                error.message = _with_names(getattr(error.param, "help", None) or "").rstrip(".")
             raise
 
     def too_many(self, values: dict[str, Any], extra: Sequence[str]) -> str:
@@ -125,10 +127,15 @@ def _options(command: Any, ctx: Any) -> list[tuple[str, tuple[str, str]]]:
             group = OUTPUT if general else REQUIRED if param.required else COMMON
         if record := param.get_help_record(ctx):
             name, text = record
-            for mark, names in LISTED.items():
-                text = text.replace(mark, names()) if mark in text else text
-            rows.append((group, (name, text)))
+            rows.append((group, (name, _with_names(text))))
     return rows
+
+
+def _with_names(text: str) -> str:
+    """A help with the names of its table."""
+    for mark, names in LISTED.items():
+        text = text.replace(mark, names()) if mark in text else text
+    return text
 
 
 def _in_groups(rows: Sequence[tuple[str, tuple[str, str]]], order: Iterable[str]) -> dict[str, Records]:

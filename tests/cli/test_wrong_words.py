@@ -24,6 +24,10 @@ from tests.cli.harness import ASSETS, SIGHT, installed, read_rows, run_mmv, writ
         ("trian", "Did you mean 'train'?"),
         ("data chekc x.jsonl", "Did you mean 'check'?"),
         ("eval --modle x", "--model"),
+        # what is missing, and what may stand there
+        ("convert", "'--to'. hf: a folder for transformers; gguf: a folder for llama.cpp and Ollama; safetensors: "),
+        ("train", "'STAGE'. pretrain: captions train the projector. sft: conversations train the whole model. Choose"),
+        ("upload x", "Missing option '--repo'. The repository; created if it does not exist"),
         # a word too many
         ("chat --image a.jpg b.png 'What is this?'", "mmv chat --image a.jpg --image b.png 'What is this?'"),
         ("chat --image a.jpg b.png c.webp 'Which?'", "mmv chat --image a.jpg --image b.png --image c.webp 'Which?'"),
