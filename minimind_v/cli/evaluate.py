@@ -252,7 +252,7 @@ def _by_task(
     from minimind_v.core.evaluate.by_task import evaluate_task
     from minimind_v.core.pages.eval_report import write_eval_report
 
-    with terminal.progress(f"eval {chosen.task.name}") as progress:
+    with terminal.progress(f"eval {chosen.task.name}, answers") as progress:
         result = evaluate_task(loaded, chosen, rows, progress=progress, say=terminal.say, warn=terminal.warn, **how)
     return result.report | {"page": str(write_eval_report(result))}
 
@@ -306,7 +306,7 @@ def _score(
     cache = features_beside(loaded.model, loaded.checkpoint.path, how["dtype"], len(rows), terminal.say, terminal.warn)
     for name in ("seeing", "blind") if blind else ("seeing",):
         dataset = held_out_dataset(loaded.model, tokenizer, rows, max_length, blank=name == "blind")
-        with terminal.progress(f"eval {name}") as progress:
+        with terminal.progress(f"eval {name}, batches") as progress:
             scores[name] = score(
                 loaded.model, dataset, tokenizer.pad_id, tokenizer.eos_id,
                 progress=progress, memory=cache if name == "seeing" else None, **how,

@@ -82,7 +82,7 @@ class WeightsTask:
         if not saved.unchanged:
             return None
         begun, how = time.perf_counter(), self.how
-        with self.terminal.progress(f"step {saved.step}") as progress:
+        with self.terminal.progress(f"step {saved.step}, answers") as progress:
             folder = predictions_of(self.folder, saved.step)
             result = measure(loaded, how.chosen, prepared, folder, progress=progress, replaces=True)
         return scores_of(result.report, how.chosen, saved.step, time.perf_counter() - begun)

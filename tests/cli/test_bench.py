@@ -1,6 +1,7 @@
 """`mmv bench` measures with made-up weights, and says what limits."""
 
 import pytest
+import torch
 
 from minimind_v.core import bench
 from minimind_v.core.bench import _limit
@@ -18,6 +19,13 @@ def test_bench_for_a_program(monkeypatch):
     encoding, training = 1 / rates["clip_pictures"], 1 / rates["samples_later"]
     assert 1 / rates["samples_first_epoch"] == pytest.approx(encoding + training)
     assert rates["limit"]
+
+
+def test_the_rate_of_products_is_that_of_the_fastest(monkeypatch):
+    ends = iter([1, 4, 10, 12, 20, 23, 30, 35, 40, 44, 50, 53, 60, 69])  # begins and ends of seven products
+    monkeypatch.setattr(bench, "SIDE", 8)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ends))
+    assert bench.matmul_rate(torch.device("cpu"), torch.float32) == 2 * 8**3 / 2
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,14 @@ def test_the_confusion_reads_yes_and_no_as_the_task_does():
     assert confusion(lines) == {"labels": ["no", "yes"], "counts": [[2, 1, 1], [2, 1, 1], [0, 0, 0]]}
 
 
+def test_answers_are_counted_as_the_task_compares_them_and_shown_as_they_are_written():
+    truths = ["three", "three", "3", "two", "two", "a big dog", "a big dog"]
+    lines = [prediction(n, truth, "3." if n < 4 else "two") for n, truth in enumerate(truths)]
+    assert confusion(lines)["labels"] == ["three", "two", "a big dog"]
+    assert confusion(lines)["counts"][0] == [3, 0, 0, 0]
+    assert most_frequent_answer(lines) == {"answer": "three", "n": 4, "truths": 3}
+
+
 def test_truths_that_are_long_or_hardly_repeat_have_no_confusion():
     assert confusion([prediction(n, f"t{n // 2}") for n in range(10)]) is not None
     assert confusion([prediction(n, f"t{n}") for n in range(5)]) is None

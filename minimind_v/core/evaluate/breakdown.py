@@ -44,7 +44,7 @@ def most_frequent_answer(lines: Sequence[Line]) -> dict[str, Any] | None:
     answers = Counter(task.label(line["answer"]) for line in lines)
     answer = min(answers, key=lambda label: (-answers[label], label))
     return {
-        "answer": answer,
+        "answer": _wordings(lines).get(answer, answer),
         "n": answers[answer],
         "truths": sum(task.label(line["truth"]) == answer for line in lines),
     }
@@ -67,7 +67,14 @@ def confusion(lines: Sequence[Line]) -> dict[str, Any] | None:
     counts = np.zeros((len(labels) + 1, len(labels) + 1), int)
     for truth, answer in pairs:
         counts[numbers.get(truth, -1), numbers.get(answer, -1)] += 1
-    return {"labels": labels, "counts": counts.tolist()}
+    wordings = _wordings(lines)
+    return {"labels": [wordings[label] for label in labels], "counts": counts.tolist()}
+
+
+def _wordings(lines: Sequence[Line]) -> dict[str, str]:
+    """How true answers are mostly written, by their label: `three`, which a task may compare as `3`."""
+    task, texts = TASKS[lines[0]["task"]], Counter(line["truth"] for line in lines)
+    return {task.label(text): text for text in sorted(texts, key=lambda text: (texts[text], text))}
 
 
 def calibration(lines: Sequence[Line]) -> dict[str, Any] | None:
