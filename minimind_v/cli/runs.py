@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from minimind_v.core.formats.inventory import Entry
 
 HEADINGS = ("name", "stage", "model", "steps", "loss", "date", "size")
+LESS = ("size", "date", "stage")  # the columns that a narrow terminal lacks first
 
 
 def runs(
@@ -35,12 +37,19 @@ def runs(
     if not entries:
         terminal.say(f"no runs or weights in {folder} — start with `mmv train pretrain` or `mmv demo`")
         return
-    rows = [HEADINGS, *(_cells(entry) for entry in entries)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    notes = ["", *(f"  damaged: {readable(entry.damage)}" if entry.damage else "" for entry in entries)]
+    rows = _aligned([HEADINGS, *map(_cells, entries)], terminal.out.width if terminal.out.is_terminal else None)
+    notes = ["", *(f"  unreadable: {readable(entry.damage)}" if entry.damage else "" for entry in entries)]
     for row, note in zip(rows, notes, strict=True):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        terminal.result((line + note).rstrip())
+        terminal.result((row + note).rstrip())
+
+
+def _aligned(rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
+    """The rows of a table as lines, without its columns of LESS where a terminal of this width lacks the room."""
+    lengths = {column: max(len(row[column]) for row in rows) for column in range(len(HEADINGS))}
+    for name in LESS:
+        if width is not None and sum(lengths.values()) + 2 * (len(lengths) - 1) > width:
+            del lengths[HEADINGS.index(name)]
+    return ["  ".join(row[column].ljust(length) for column, length in lengths.items()) for row in rows]
 
 
 def _cells(entry: Entry) -> tuple[str, ...]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from minimind_v.cli.runs import HEADINGS, _aligned
+from minimind_v.core.config.presets import PRESETS
+from minimind_v.core.formats import inventory
 from minimind_v.core.formats.checkpoint import read_checkpoint, write_checkpoint
 from minimind_v.core.formats.inventory import list_runs
 from tests.cli.harness import BASE, in_forks, run_mmv
@@ -83,7 +88,46 @@ def test_a_damaged_entry_is_named_beside_the_others(tmp_path, name, content, dam
     (tmp_path / name).write_bytes(content)
     ended = run_mmv("runs", tmp_path)
     assert (ended.code, len(ended.out.splitlines())) == (0, 3)
-    assert f"damaged: {damage}" in ended.out or f"damaged: the file is {damage}" in ended.out
+    assert f"unreadable: {damage}" in ended.out or f"unreadable: the file is {damage}" in ended.out
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "a/metrics.jsonl"])
+def test_a_file_without_permission_is_not_called_damaged(tmp_path, monkeypatch, name):
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(inventory, "safe_open", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    (entry,) = list_runs(tmp_path)
+    assert entry.damage.endswith("Permission denied")
+    assert str(tmp_path) not in entry.damage
+
+
+@pytest.mark.parametrize("preset", ["demo", "demo-3v", "small", "3v"])
+def test_models_of_one_width_are_told_apart(tmp_path, preset):
+    sizes = asdict(PRESETS[preset])
+    (tmp_path / "sft_vlm_9.pth").write_bytes(b"\x80")
+    (tmp_path / "sft_vlm_9.json").write_text(json.dumps({"stage": "sft", "model": sizes}))
+    for name, of_transformers in (("a", {"model_type": "qwen3" if sizes["qk_norm"] else "llama"}), ("b", {})):
+        (tmp_path / name).mkdir()
+        text = {key: sizes[key] for key in ("hidden_size", "num_hidden_layers")} | of_transformers
+        (tmp_path / name / "config.json").write_text(json.dumps({"text_config": text}))
+    (tmp_path / "b" / "config.json").unlink()
+    (tmp_path / "b" / "model.gguf").touch()
+    (tmp_path / "b" / "mmv_export.json").write_text(json.dumps({"stage": "sft", "preset": preset}))
+    entries = list_runs(tmp_path)
+    assert {entry.name: entry.model for entry in entries} == dict.fromkeys(("sft_vlm_9.pth", "a", "b"), preset)
+
+
+def test_a_narrow_terminal_gets_fewer_columns():
+    rows = [HEADINGS, ("sft_vlm_512", "sft", "small", "3 of 900", "1.0000", "2026-11-28 16:45", "14.3 MB")]
+    whole = _aligned(rows, None)
+    assert whole[1].endswith("  2026-11-28 16:45  14.3 MB")
+    assert _aligned(rows, len(whole[0])) == whole
+    assert _aligned(rows, len(whole[0]) - 1) == [line[:-9] for line in whole]
+    assert _aligned(rows, 40) == ["name         model  steps     loss  ", "sft_vlm_512  small  3 of 900  1.0000"]
 
 
 def test_a_folder_without_runs_says_how_to_start(tmp_path):

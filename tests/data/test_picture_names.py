@@ -2,6 +2,7 @@
 
 import base64
 import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -86,6 +87,15 @@ def test_inline_pictures_are_read_however_they_were_written():
         assert read_picture(address).data == PNG
     with pytest.raises(UsageError, match="damaged or cut"):
         read_picture("data:image/png;base64,!!!!")
+
+
+def test_an_image_without_permission_is_not_called_missing(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(MissingInput, match=r"no permission to read the image file dog\.jpg"):
+        read_picture("dog.jpg")
 
 
 def test_a_zero_byte_in_a_name_is_reported():

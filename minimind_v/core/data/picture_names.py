@@ -131,6 +131,8 @@ def read_picture(name: str) -> Picture:
         if not path.is_file():
             raise MissingInput(f"no image file at {shown}")
         return Picture(shown, path.read_bytes())
+    except PermissionError:
+        raise MissingInput(f"no permission to read the image file {shown}") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in a name
         raise MissingInput(f"no image file at {shown} ({getattr(error, 'strerror', None) or error})") from None
 

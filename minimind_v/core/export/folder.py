@@ -16,11 +16,10 @@ from minimind_v.core.errors import RunError, UsageError
 from minimind_v.core.export.prove.report import Report
 from minimind_v.core.export.targets import TARGETS
 from minimind_v.core.files import in_use, only_writer, read_notes, sweep, umask, write_text
+from minimind_v.core.formats.inventory import MANIFEST
 from minimind_v.core.formats.request import ExportFacts, ExportRequest
 from minimind_v.core.outputs import check_folder, check_weights
 from minimind_v.core.version import __version__
-
-MANIFEST = "mmv_export.json"  # the format and the source of a folder, and the files that mmv wrote
 
 
 def export(request: ExportRequest, to: str, out: Path, check: bool = True, overwrite: bool = False) -> Report:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from minimind_v.core.errors import RunError, UsageError, WeightsError
-from minimind_v.core.export.folder import MANIFEST, read_manifest
+from minimind_v.core.export.folder import read_manifest
+from minimind_v.core.formats.inventory import MANIFEST
 from minimind_v.core.hub.remote import http
 
 CARD = "README.md"  # a user may edit it

@@ -19,6 +19,7 @@ from minimind_v.core.files import object_in, read_notes, size_of
 from minimind_v.core.hub.sources import META, WEIGHTS_ENDINGS
 from minimind_v.core.monitor.records import is_number
 
+MANIFEST = "mmv_export.json"  # in an exported folder: its format, source and files
 _TAIL = 1 << 16  # bytes at the end of a file of records, which hold its last ones
 _NAME = re.compile(r"(?P<stage>lm|llm|pretrain|sft)(_vlm)?_(?P<hidden>\d+)(?P<moe>_moe)?")
 _FIRST_BYTES = {".pth": (b"PK\x03\x04", b"\x80"), ".gguf": (b"GGUF",)}
@@ -63,12 +64,16 @@ def preset_at(weights: Path) -> str:
 def _run(folder: Path, name: str, paths: dict[str, Path]) -> Entry:
     """A run: its folder, and the weights of the same name beside it."""
     weights = [paths[name + ending] for ending in WEIGHTS_ENDINGS if name + ending in paths]
-    last = next((record for record in _last_records(folder / name / "metrics.jsonl") if _has_loss(record)), {})
-    damage = "" if last else "metrics.jsonl has no logged step"
+    try:
+        last = next((record for record in _last_records(folder / name / "metrics.jsonl") if _has_loss(record)), {})
+        saved = [event["step"] for event in _last_records(folder / name / "events.jsonl")]
+        damage = "" if last else "metrics.jsonl has no logged step"
+    except OSError as error:
+        last, saved, damage = {}, [], f"{Path(error.filename).name}: {error.strerror}"
     notes, broken = _describe(weights[0]) if weights else ({}, "")
     steps, total, loss = (last.get(key) for key in ("step", "steps", "loss"))
     if steps is not None:  # a run saves, and stops, between two logged steps, too
-        steps = max(steps, *(event["step"] for event in _last_records(folder / name / "events.jsonl")), 0)
+        steps = max(steps, *saved, 0)
     logged, _ = _date_and_size([folder / name / "metrics.jsonl"])  # a report is written later, too
     _, size = _date_and_size([folder / name, *weights, folder / f"{name}.json"])
     return Entry(name, "run", *_stage_and_model(name, notes), steps, total, loss, logged, size, damage or broken)
@@ -85,7 +90,8 @@ def _export(folder: Path) -> Entry:
     config = read_notes(folder / "config.json")
     sizes = object_in(config, "text_config") or config
     damage = "config.json is not a JSON object" if not config and (folder / "config.json").is_file() else ""
-    return Entry(folder.name, "export", *_stage_and_model(folder.name, {"model": sizes}), None, None, None,
+    notes = read_notes(folder / MANIFEST) | {"model": sizes}
+    return Entry(folder.name, "export", *_stage_and_model(folder.name, notes), None, None, None,
                  *_date_and_size([folder]), damage)  # fmt: skip
 
 
@@ -93,8 +99,10 @@ def _describe(path: Path) -> tuple[dict[str, Any], str]:
     """The description of weights, and why the file cannot be read."""
     try:
         return _read_description(path), ""
-    except (WeightsError, OSError) as error:
+    except WeightsError as error:
         return {}, str(error).removeprefix(f"{path}: ")
+    except OSError as error:
+        return {}, error.strerror or str(error)
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -103,7 +111,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         try:
             with safe_open(path, framework="np") as file:
                 notes = json.loads((file.metadata() or {}).get(META, "{}"))
-        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        except (SafetensorError, ValueError, RecursionError) as error:
             raise WeightsError(f"{path}: not a whole safetensors file ({error})") from None
         return notes if isinstance(notes, dict) else {}
     with path.open("rb") as file:
@@ -121,9 +129,13 @@ def _stage_and_model(name: str, notes: dict[str, Any]) -> tuple[str, str]:
     stage = notes.get("stage") or (match["stage"].replace("llm", "lm") if match else "unknown")
     hidden, layers = sizes.get("hidden_size"), sizes.get("num_hidden_layers")
     moe = bool(sizes.get("use_moe", sizes.get("num_local_experts", sizes.get("num_experts"))))
+    head_norms = bool(sizes.get("qk_norm", str(sizes.get("model_type")).startswith("qwen3")))  # of transformers
+    if notes.get("preset") in PRESETS:
+        return str(stage), str(notes["preset"])
     if hidden and layers:
         for preset, model in PRESETS.items():
-            if (model.hidden_size, model.num_hidden_layers, model.use_moe) == (hidden, layers, moe):
+            own = (model.hidden_size, model.num_hidden_layers, model.use_moe, model.qk_norm)
+            if own == (hidden, layers, moe, head_norms):
                 return str(stage), preset
         return str(stage), f"{hidden} × {layers}{' MoE' if moe else ''}"
     if match:
