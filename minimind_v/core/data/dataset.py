@@ -117,14 +117,11 @@ class RowDataset:
         tokens.notes = row.notes
         return Example(index, location, tokens, row.images[: tokens.images])
 
-    def check(self, index: int) -> BrokenRow | None:
-        """Why a row is skipped, without decoding its images; None where nothing is wrong so far."""
-        example = self.text(index)
-        if isinstance(example, BrokenRow):
-            return example
+    def check(self, example: Example) -> BrokenRow | None:
+        """Why a row is skipped whose picture files are missing; they are not decoded."""
         try:
             for position, name in enumerate(example.names):
-                self.rows.picture(index, position, name)
+                self.rows.picture(example.index, position, name)
         except RowError as error:
             return BrokenRow(example.location, error.kind, str(error))
         return None

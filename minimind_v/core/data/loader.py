@@ -16,7 +16,7 @@ from __future__ import annotations
 import atexit
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -111,19 +111,27 @@ class BatchPlan(Dataset[list[Batch]]):
 
     def _read(self, rows: np.ndarray, texts: dict[int, Text]) -> Batch:
         """A micro-batch with its images."""
-        read, kept = [], self.tokens.read(rows) if self.tokens else {}
-        for index in rows.tolist():
-            self._note(index)
-            row = texts.get(index) or kept.get(index) or self.dataset.text(index)  # a damaged disk may lose some
-            if not row.location:
-                row = replace(row, location=self.dataset.rows.location(index))
-            read.append(self.dataset.load(row) if isinstance(row, Example) else row)
+        read = [self.dataset.load(row) if isinstance(row, Example) else row for row in self._texts(rows, texts)]
         examples = [row for row in read if isinstance(row, Example)]
         broken = [row for row in read if isinstance(row, BrokenRow)]
         batch = collate(examples, broken, self.pad_id)
         for example in examples:
             example.images = []  # the window stays in memory, its images need not
         return batch
+
+    def _texts(self, rows: np.ndarray, texts: dict[int, Text]) -> Iterator[Text]:
+        """Rows with their places, without images; `texts` has those that are in no file."""
+        kept = self.tokens.read(rows) if self.tokens else {}
+        for index in rows.tolist():
+            self._note(index)
+            row = texts.get(index) or kept.get(index) or self.dataset.text(index)  # a damaged disk may lose some
+            yield row if row.location else replace(row, location=self.dataset.rows.location(index))
+
+    def check(self, rows: np.ndarray) -> list[BrokenRow]:
+        """Those of the rows that training will skip, as far as that is known without decoding an image."""
+        _, texts = self._lengths(rows)
+        read = (self.dataset.check(row) if isinstance(row, Example) else row for row in self._texts(rows, texts))
+        return [row for row in read if row is not None]
 
     def order(self, epoch: int) -> np.ndarray:
         """The permutation of one epoch, [rows]."""

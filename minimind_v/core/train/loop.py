@@ -288,10 +288,9 @@ class Run:
         Raises DataError. Images are not decoded: one that ends its process ends a data worker, which names it.
         """
         broken, warnings = BrokenRows(self.plan.rows, self.plan.rows_per_step, self.config.data.bad_rows), list[str]()
-        rows = self.plan.kept.nonzero()[0][:ROWS_TO_CHECK].tolist()
-        results = map(self.plan.dataset.check, rows)
+        rows = self.plan.kept.nonzero()[0][:ROWS_TO_CHECK]
         try:
-            broken.add([row for row in results if row is not None], len(rows), warnings.append)
+            broken.add(self.plan.check(rows), len(rows), warnings.append)
         except DataError:
             for line in warnings:
                 self.listener.warning(line)
