@@ -35,8 +35,15 @@ def gone(run):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("group", [False, True], ids=["to the command", "to its whole group"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code", "group"),
+    [
+        (signal.SIGINT, 130, False),
+        (signal.SIGINT, 130, True),  # as of Ctrl-C
+        (signal.SIGTERM, 143, False),
+        (signal.SIGUSR1, 128 + signal.SIGUSR1, False),
+    ],
+)
 def test_one_signal_ends_the_step_saves_and_exits(run, tmp_path, number, code, group):
     ended = run.send(number, group).wait()
     assert ended.code == code, ended.err
