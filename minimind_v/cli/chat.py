@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import locale
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +21,7 @@ from minimind_v.cli.terminal import Terminal, command_line
 from minimind_v.cli.typed_line import EditedLines, PlainLines, plain_terminal, take_as_text
 from minimind_v.core.errors import UsageError, open_all, readable
 from minimind_v.core.hub.sources import PICTURE_ENDINGS
+from minimind_v.core.signals import exits_on_sigterm
 
 if TYPE_CHECKING:
     from minimind_v.core.data.picture_names import Picture
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 MOST_IN_CONTEXT = 64  # images that any context holds
 SIDE_BY_SIDE = 8  # images of a folder that are asked about together
-TERMINATED = 128 + signal.SIGTERM  # the exit code of a program that this signal ends
 
 
 class ChatCommand(Command):
@@ -128,7 +126,7 @@ def chat(
     terminal.say(f"{name} — {HELP}")
     lines = PlainLines() if plain else EditedLines(COMMANDS)
     conversation = Conversation(terminal, session, max_new_tokens, lines, name, display)
-    with _leaves_on_sigterm():
+    with exits_on_sigterm():  # with the terminal as it was before
         if pictures:
             conversation.add(pictures)
         run(conversation)
@@ -271,20 +269,3 @@ def _texts(text: str, think: bool) -> dict[str, str]:
     """The answer in a generated text, and its reasoning where the model was asked to reason."""
     reasoning, answer = split(text, think)
     return {"reasoning": reasoning, "answer": answer} if think else {"answer": answer}
-
-
-@contextlib.contextmanager
-def _leaves_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the conversation as an error would: the terminal is as before."""
-
-    def leave(*_: object) -> None:
-        sys.exit(TERMINATED)
-
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +17,7 @@ from minimind_v.core.errors import UsageError
 from minimind_v.core.export.targets import TARGETS, Target
 from minimind_v.core.outputs import check_weights
 from minimind_v.core.paths import OUT_DIR
+from minimind_v.core.signals import exits_on_sigterm
 
 
 class Precision(str, Enum):
@@ -77,9 +76,9 @@ def convert(
     from minimind_v.core.export.folder import export
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `core/export/prove/worker.py`, before torch is imported
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: partial results are removed
     request = ExportRequest(source, vision_model, tokenizer, precision, quantize)
-    report = export(request, to, path, verify, overwrite)
+    with exits_on_sigterm():  # partial results are removed
+        report = export(request, to, path, verify, overwrite)
     if json:
         terminal.json(
             {"out": str(path), "kind": to} | (report.facts or {"verified": report.findings if verify else None})

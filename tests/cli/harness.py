@@ -78,7 +78,7 @@ class Ended:
 def run_mmv(*args: object, stdin: str | bytes = b"") -> Ended:
     """Run `mmv` in this process, with `stdin` piped in."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    out, err, code, heeds = io.StringIO(), io.StringIO(), 0, signal.getsignal(signal.SIGTERM)
     with (
         mock.patch.object(sys, "argv", ["mmv", *map(str, args)]),
         mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")),
@@ -90,6 +90,7 @@ def run_mmv(*args: object, stdin: str | bytes = b"") -> Ended:
             run_app(app)
         except SystemExit as end:
             code = int(end.code or 0)
+    assert signal.getsignal(signal.SIGTERM) is heeds, "a process that is forked later would not end by this signal"
     return Ended(code, out.getvalue(), err.getvalue())
 
 

@@ -277,6 +277,8 @@ def test_processes_read_for_themselves(tmp_path, method):
     assert len(pickle.dumps(rows)) < 20_000
     with multiprocessing.get_context(method).Pool(2) as pool:
         pictures = pool.starmap_async(_picture, [(rows, n) for n in range(0, 300, 10)]).get(timeout=120)
+        pool.close()
+        pool.join()  # a signal may come before a new process heeds it
     assert pictures == [picture(n % 50) for n in range(0, 300, 10)]
 
 

@@ -594,6 +594,8 @@ def read_side_by_side(stores, method):
         waiting = [pool.apply_async(read_many, (stores, seed)) for seed in range(4)]
         assert read_many(stores, 6) == []
         assert [task.get(timeout=120) for task in waiting] == [[]] * 4
+        pool.close()
+        pool.join()  # a signal may come before a new process heeds it
 
 
 def test_a_fork_opens_its_files_anew(open_stores):
