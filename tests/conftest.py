@@ -80,6 +80,18 @@ def train_until_killed(after: int, command: Sequence[object], resume: bool = Fal
     return listener
 
 
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let Ctrl-C come in the middle of a step of runs in this process."""
+    launch = Run._launch
+
+    def interrupted(run: Run, number: int, batches: list[Batch]) -> object:
+        if number == step:
+            raise KeyboardInterrupt
+        return launch(run, number, batches)
+
+    monkeypatch.setattr(Run, "_launch", interrupted)
+
+
 class GivenBatches(Dataset[list[Batch]]):
     """A data plan of batches that exist already, the same in every epoch."""
 

@@ -16,12 +16,8 @@ from minimind_v.core.hub.sources import PICTURE_ENDINGS, ROWS, WEIGHTS_ENDINGS, 
 if TYPE_CHECKING:
     from minimind_v.core.formats.checkpoint import Checkpoint
 
-LABELS = {
-    "bytes": "size",
-    "pictures": "images",
-    "seconds": "time",
-    "data_seconds": "time_for_data",
-}  # of values that have units
+# What a person reads in place of these keys.
+LABELS = {"bytes": "size", "pictures": "images", "seconds": "time", "data_seconds": "time_for_data"}
 # Settings of a mixture of experts.
 EXPERTS = (
     "use_moe", "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "aux_loss_alpha", "aux_loss_scope",

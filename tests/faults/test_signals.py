@@ -11,6 +11,7 @@ from minimind_v.core.formats import load as opening
 from minimind_v.core.formats.checkpoint import read_checkpoint
 from minimind_v.core.train.loop import Run
 from tests.cli.harness import Running, read_rows, run_mmv, tiny_data
+from tests.conftest import interrupt_at
 
 LONG = {"epochs": 10_000, "workers": 2}
 WEIGHTS = "pretrain_vlm_128.pth"
@@ -69,14 +70,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
 
 
 def test_a_second_signal_says_from_which_state_to_resume(tmp_path, monkeypatch):
-    launch = Run._launch
-
-    def interrupt(run, step, batches):
-        if step == 4:
-            raise KeyboardInterrupt
-        return launch(run, step, batches)
-
-    monkeypatch.setattr(Run, "_launch", interrupt)
+    interrupt_at(monkeypatch, 4)
     line = tiny_data().train(tmp_path / "out", save_every=2, max_steps=5)
     ended = run_mmv(*line, "--quiet")
     assert ended.code == 130

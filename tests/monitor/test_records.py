@@ -16,8 +16,8 @@ import minimind_v
 from minimind_v.core.formats.inventory import list_runs
 from minimind_v.core.monitor.manifest import git_state
 from minimind_v.core.pages.run_report import beside, read_run
-from minimind_v.core.train.loop import Run
 from tests.cli.harness import read_rows, run_mmv, tiny_data, write_rows
+from tests.conftest import interrupt_at
 
 NAME = "pretrain_vlm_128"
 
@@ -55,15 +55,8 @@ def test_the_manifest_holds_the_inputs_of_the_run(out):
 
 @pytest.mark.long
 def test_a_resumed_run_adds_a_start(tmp_path, monkeypatch):
-    real = Run._launch
-
-    def patched_step(run, step, batches):
-        if step == 5:
-            raise KeyboardInterrupt
-        return real(run, step, batches)
-
     line = tiny_data().train(tmp_path, save_every=2)
-    monkeypatch.setattr(Run, "_launch", patched_step)
+    interrupt_at(monkeypatch, 5)
     assert run_mmv(*line).code == 130
     monkeypatch.undo()
     assert run_mmv(*line, "--resume").code == 0
@@ -122,14 +115,7 @@ def test_the_report_of_a_run_under_way(out, tmp_path):
 
 
 def test_a_run_that_is_killed_between_two_logged_steps_has_come_to_its_last_save(tmp_path, monkeypatch):
-    real = Run._launch
-
-    def patched_step(run, step, batches):
-        if step == 6:
-            raise KeyboardInterrupt
-        return real(run, step, batches)
-
-    monkeypatch.setattr(Run, "_launch", patched_step)
+    interrupt_at(monkeypatch, 6)
     assert run_mmv(*tiny_data().train(tmp_path, save_every=2, log_every=100)).code == 130
     events = tmp_path / NAME / "events.jsonl"
     kept = [event for event in read_rows(events) if "saved" in event]

@@ -16,6 +16,7 @@ from minimind_v.core.paths import DEMO_3V_DIR, DEMO_DIR, PRESET_DEMO_3V
 class DemoGeneration:
     """One generation of the demo."""
 
+    name: str  # in `--generation`
     generation: Generation
     preset: str
     folder: str  # of its assets, in the package
@@ -32,6 +33,9 @@ class DemoGeneration:
 
 
 DEMO_GENERATIONS = {
-    "2025": DemoGeneration(V2025, "demo", "assets", DEMO_DIR),
-    "3v": DemoGeneration(V2026, PRESET_DEMO_3V, "assets/3v", DEMO_3V_DIR),
+    demo.name: demo
+    for demo in (
+        DemoGeneration("2025", V2025, "demo", "assets", DEMO_DIR),
+        DemoGeneration("3v", V2026, PRESET_DEMO_3V, "assets/3v", DEMO_3V_DIR),
+    )
 }

@@ -79,8 +79,7 @@ class Demo:
         """`announce` gets the title of each stage and the equivalent commands."""
         self.out, self.seed, self.listener, self.announce, self.size = out, seed, listener, announce, size
         self.demo = demo
-        generation = next(name for name, form in DEMO_GENERATIONS.items() if form == demo)
-        self.options = f"--generation {generation} --seed {seed}" + " --short" * (size == SHORT)
+        self.options = f"--generation {demo.name} --seed {seed}" + " --short" * (size == SHORT)
         self.seconds: dict[str, float] = {}
         self.runs, self.dataset = out / OUT_DIR, out / DATASET_DIR
         self.weights = {stage: self.runs / f"{demo.weights_name(stage)}.pth" for stage in ("lm", "pretrain", "sft")}
